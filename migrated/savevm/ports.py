@@ -1,0 +1,151 @@
+"""What the engine and the handlers need from the outside, as Protocols.
+
+The rule of the file: no behaviour, only shapes. `machine` implements the machine side, `migration.ownership` the
+record; `migration`, `ram` and `devices` see nothing but these. All sizes are bytes, all file descriptors stay owned by
+whoever hands them out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from migrated.model.runstate import RunState
+
+
+@dataclass(frozen=True, slots=True)
+class TrackedMapping:
+    """One process's mapping of a whole RAM block, with the descriptors through which the daemon tracks its writes."""
+
+    workload: str
+    """Name of the attached process, for error messages."""
+    address: int
+    """Start of the mapping in that process."""
+    length: int
+    """Length of the mapping; equals the block's size."""
+    pagemap: int
+    """The process's own ``/proc/self/pagemap``: pins its memory map, ESRCH once it is gone."""
+    userfault: int
+    """A userfaultfd with WP_ASYNC, or -1 where the workload cannot have one (the block is then hashed)."""
+
+
+class RamBlockPort(Protocol):
+    """One RAM block of the machine, backed by a sealed memfd that the daemon has mapped."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def page_size(self) -> int: ...
+    @property
+    def memfd(self) -> int: ...
+    @property
+    def pages(self) -> NDArray[np.uint8]:
+        """The daemon's own mapping, shape (size_bytes // page_size, page_size). Reading a hole allocates it."""
+        ...
+
+    @property
+    def mappings(self) -> Sequence[TrackedMapping]: ...
+
+
+class DevicePort(Protocol):
+    """The state of one device that lives in an attached workload."""
+
+    @property
+    def idstr(self) -> str: ...
+    @property
+    def instance_id(self) -> int: ...
+    @property
+    def version_id(self) -> int: ...
+    @property
+    def workload(self) -> str: ...
+
+    async def save(self) -> bytes:
+        """Ask the workload for the device's state. Raises WorkloadError (named, with a deadline)."""
+        ...
+
+    async def load(self, state: bytes, version_id: int) -> None:
+        """Hand state to the workload and wait until it took it. Raises WorkloadError."""
+        ...
+
+
+class MachinePort(Protocol):
+    """The machine as the engine sees it. Hold the iothread lock around `stop`, `cont` and `set_run_state`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def uuid(self) -> str | None: ...
+    @property
+    def machine_type(self) -> str: ...
+    @property
+    def run_state(self) -> RunState: ...
+
+    def ram_blocks(self) -> Sequence[RamBlockPort]:
+        """All RAM blocks, largest first, then by name (the order in which they are sent)."""
+        ...
+
+    def devices(self) -> Sequence[DevicePort]: ...
+
+    async def stop(self, run_state: RunState) -> None:
+        """Quiesce every workload and wait for all acknowledgements; then enter ``run_state`` (STOP event).
+
+        Idempotent when already stopped (only the run state changes). Raises WorkloadError naming the workload that
+        did not stop within the deadline or died; the machine is running again, as before, when it raises.
+        """
+        ...
+
+    async def cont(self) -> None:
+        """Let every workload go on and enter ``running`` (RESUME event). Idempotent."""
+        ...
+
+    def set_run_state(self, run_state: RunState) -> None:
+        """Move between two stopped run states."""
+        ...
+
+    async def throttle(self, percent: int) -> bool:
+        """Slow cooperative workloads down to (100 - percent) %; 0 ends it. False when no workload can be slowed."""
+        ...
+
+    def check_alive(self) -> None:
+        """Raise WorkloadError if a workload that was attached when `watch` was called is gone."""
+        ...
+
+    def watch(self) -> None:
+        """Remember the workloads attached now; `check_alive` and `lost` speak of these from here on."""
+        ...
+
+    async def lost(self) -> None:
+        """Wait until a watched workload is gone, then raise WorkloadError naming it. Never returns."""
+        ...
+
+    async def wait_declared(self, blocks: Iterable[str], devices: Iterable[str], timeout_s: float) -> None:
+        """Wait until all named blocks and devices are declared and their workloads said ready.
+
+        Raises WorkloadError listing what is missing when ``timeout_s`` passes.
+        """
+        ...
+
+    async def moved(self, peer: str) -> None:
+        """Tell the workloads that the machine runs at ``peer`` now (they may stand by for its return)."""
+        ...
+
+    async def release(self) -> None:
+        """Let go of the memory of a machine that moved away."""
+        ...
+
+    async def begin_incoming(self) -> None:
+        """A machine is about to arrive: refuse if one runs here. Raises WorkloadError when it cannot."""
+        ...
+
+
+class RecordStore(Protocol):
+    """Durable storage of the hand-over record. `write` returns only when the record would survive a crash."""
+
+    def read(self) -> dict[str, Any] | None: ...
+    async def write(self, record: dict[str, Any]) -> None: ...
