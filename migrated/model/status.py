@@ -108,8 +108,8 @@ class StatusCell:
     def advance(self, to: MigrationStatus, *, expected: Collection[MigrationStatus] | None = None) -> bool:
         """Swap to ``to`` and return True, or return False because somebody else moved first.
 
-        False: the present status is not in ``expected``, is ``to`` already, or has ended or is cancelling and ``to`` does
-        not follow from it. Any other move the table does not have raises LocalProtocolError.
+        False: the present status is not in ``expected``, is ``to`` already, or has ended or is cancelling and ``to``
+        does not follow from it. Any other move the table does not have raises LocalProtocolError.
         """
         if self._value is to or (expected is not None and self._value not in expected):
             return False

@@ -1,0 +1,398 @@
+"""The body of the "ram" section: block list, zero and page records, in runs.
+
+The rule of the file: runs are made and read by numpy on strided views; Python touches a record alone only where the
+stream has a single one (a block name, a change of kind). A record is be64 (byte offset | flags), a counted block name
+unless CONTINUE is set, and its body; CONTINUE means the block of the last page record *of the connection*.
+
+Source of the format: QEMU 7.2, "ram" version 4; error texts are QEMU's where QEMU has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntFlag
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from migrated.errors import LocalProtocolError, RemoteProtocolError
+from migrated.wire.primitives import decode_name, encode_be64, encode_counted_string
+
+RAM_VERSION = 4
+PAGE = 4096
+_PAGE_SHIFT = 12
+
+Pages = NDArray[np.int64]
+Bytes = NDArray[np.uint8]
+
+
+class Flag(IntFlag):
+    """The low twelve bits of a record's first word."""
+
+    FULL = 0x001
+    ZERO = 0x002
+    MEM_SIZE = 0x004
+    PAGE = 0x008
+    EOS = 0x010
+    CONTINUE = 0x020
+    XBZRLE = 0x040
+    HOOK = 0x080
+    COMPRESS_PAGE = 0x100
+    MULTIFD_FLUSH = 0x200
+
+
+_FLAGS_MASK = PAGE - 1
+_CONTINUE = int(Flag.CONTINUE)
+# The two records that come in runs. Plain numbers: an IntFlag costs a microsecond per operation.
+_NEXT_PAGE = int(Flag.PAGE | Flag.CONTINUE)
+_NEXT_ZERO = int(Flag.ZERO | Flag.CONTINUE)
+_WORD = np.dtype(">u8")
+_WORD_BYTES = 8
+#: A CONTINUE record: its word and a page, or its word and the fill byte.
+_PAGE_STRIDE = _WORD_BYTES + PAGE
+_ZERO_STRIDE = _WORD_BYTES + 1
+_ZERO_RECORD = np.dtype([("word", _WORD), ("fill", np.uint8)])
+
+#: The longest record there is: a page with a name of 255 bytes. A parser's buffer holds at least that.
+RECORD_MAX_BYTES = _WORD_BYTES + 1 + 255 + PAGE
+#: A QEMU guest with very many devices has a few dozen blocks.
+BLOCKS_MAX = 4096
+#: How many events one call of `parse` makes at most: a stream that changes kind with each record must not keep the
+#: event loop for longer than a few milliseconds.
+EVENTS_MAX = 512
+
+EOS = encode_be64(Flag.EOS)
+
+
+# -- events ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class BlockList:
+    """The sender's RAM blocks as (name, length in bytes), in its order; the lengths add up to ``total``."""
+
+    total: int
+    blocks: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PageRun:
+    """Pages with their bytes: ``data`` has shape (n, PAGE) and lies, strided, in the buffer that was parsed."""
+
+    block: str
+    pages: Pages
+    data: Bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ZeroRun:
+    """Pages filled with one byte value (a QEMU sends only 0)."""
+
+    block: str
+    pages: Pages
+    fill: int
+
+
+@dataclass(frozen=True, slots=True)
+class EndOfSection:
+    """The body of this section ends here."""
+
+
+RamEvent = BlockList | PageRun | ZeroRun | EndOfSection
+
+
+# -- encoding --------------------------------------------------------------------------------------------------
+
+
+def encode_block_list(blocks: Sequence[tuple[str, int]]) -> bytes:
+    """Encode the setup body: all blocks as (name, length in bytes), then EOS."""
+    if len({name for name, _ in blocks}) != len(blocks):
+        raise LocalProtocolError("two RAM blocks have one name")
+    parts = [encode_be64(sum(length for _, length in blocks) | Flag.MEM_SIZE)]
+    for name, length in blocks:
+        if not name or length <= 0 or length % PAGE:
+            raise LocalProtocolError(f"RAM block '{name}' of {length} bytes cannot be announced")
+        parts += [encode_counted_string(name), encode_be64(length)]
+    return b"".join([*parts, EOS])
+
+
+class RamEncoder:
+    """Makes page records for one connection; remembers the block of the last one (CONTINUE)."""
+
+    def __init__(self) -> None:
+        self._block: str | None = None
+
+    def max_pages(self, out_size: int, block: str) -> int:
+        """Return how many page records of ``block`` fit into ``out_size`` bytes."""
+        return max(0, (out_size - len(self._name(block))) // _PAGE_STRIDE)
+
+    def _name(self, block: str) -> bytes:
+        """Return what the next record says about its block: nothing where it continues the last one."""
+        return b"" if block == self._block else encode_counted_string(block)
+
+    def zero_run(self, block: str, pages: Pages) -> bytes:
+        """Return zero records for ``pages``."""
+        if not len(pages):
+            return b""
+        records = np.zeros(len(pages), _ZERO_RECORD)
+        records["word"] = (pages << _PAGE_SHIFT) | _NEXT_ZERO
+        name = self._name(block)
+        self._block = block
+        if not name:
+            return records.tobytes()
+        return encode_be64(int(pages[0]) << _PAGE_SHIFT | Flag.ZERO) + name + bytes(1) + records[1:].tobytes()
+
+    def page_run(self, block: str, pages: Pages, source: Bytes, out: Bytes) -> int:
+        """Write page records for ``pages`` into ``out`` and return how many bytes they take.
+
+        ``source`` is the whole block, shape (pages of the block, PAGE); ``out`` is one-dimensional and has room for
+        them (`max_pages`).
+        """
+        count = len(pages)
+        if count > self.max_pages(len(out), block):
+            raise LocalProtocolError(f"{count} page records do not fit into {len(out)} bytes")
+        if not count:
+            return 0
+        name = self._name(block)
+        self._block = block
+        # The name shifts all records by its length. The word of the first one is written last, before the name.
+        end = len(name) + count * _PAGE_STRIDE
+        records = out[len(name) : end].reshape(count, _PAGE_STRIDE)
+        words = ((pages << _PAGE_SHIFT) | _NEXT_PAGE).astype(_WORD)
+        records[:, :_WORD_BYTES] = words.view(np.uint8).reshape(count, _WORD_BYTES)
+        _gather(pages, source, records[:, _WORD_BYTES:])
+        if name:
+            head = encode_be64(int(pages[0]) << _PAGE_SHIFT | Flag.PAGE) + name
+            out[: len(head)] = np.frombuffer(head, np.uint8)
+        return end
+
+
+#: From this mean run length on, one copy per run is faster than one gather, which copies everything twice.
+_LONG_RUN_PAGES = 8
+
+
+def _gather(pages: Pages, source: Bytes, target: Bytes) -> None:
+    """Copy ``source[pages]`` to ``target``."""
+    breaks = (np.flatnonzero(np.diff(pages) != 1) + 1).tolist()
+    if len(pages) < _LONG_RUN_PAGES * (len(breaks) + 1) and breaks:
+        target[:] = source[pages]
+        return
+    for start, end in zip([0, *breaks], [*breaks, len(pages)], strict=True):
+        first = int(pages[start])
+        target[start:end] = source[first : first + end - start]
+
+
+# -- parsing ---------------------------------------------------------------------------------------------------
+
+
+class _ShortBufferError(Exception):
+    """The buffer ends within a record. Never leaves this file."""
+
+
+class _Record(NamedTuple):
+    """The head of a page record: its block, its page, and where its body begins."""
+
+    block: str
+    page: int
+    body: int
+
+
+class RamParser:
+    """Reads section bodies of one connection out of a buffer that the caller fills.
+
+    ``blocks`` maps the names that page records may use to their lengths; a block list in the stream replaces it.
+    """
+
+    def __init__(self, blocks: Mapping[str, int]) -> None:
+        self.blocks = blocks
+        self._block: str | None = None
+        self._list: _BlockListParser | None = None
+        self._listed = False
+
+    def parse(self, buf: memoryview) -> tuple[list[RamEvent], int]:
+        """Parse the whole records in ``buf``; return what they say and how many bytes they have.
+
+        Stops behind the end of a section, before an incomplete record, and after EVENTS_MAX events; bytes left over
+        are passed again, with more behind them. Events refer to ``buf``: use them before it changes.
+        """
+        events: list[RamEvent] = []
+        consumed = 0
+        for event, position in self._events(buf):
+            consumed = position
+            if event is not None:
+                events.append(event)
+            if isinstance(event, EndOfSection) or len(events) == EVENTS_MAX:
+                break
+        return events, consumed
+
+    def _events(self, buf: memoryview) -> Iterator[tuple[RamEvent | None, int]]:
+        """Yield each event with the position behind it, until a record is incomplete."""
+        at = 0
+        try:
+            while True:
+                if self._list is not None:
+                    event, at = self._next_block(self._list, buf, at)
+                else:
+                    event, at = self._next_record(buf, at)
+                yield event, at
+        except _ShortBufferError:
+            return
+
+    def _next_record(self, buf: memoryview, at: int) -> tuple[RamEvent | None, int]:
+        word = _word(buf, at)
+        flags = word & _FLAGS_MASK
+        match flags & ~_CONTINUE:
+            case Flag.PAGE:
+                return self._pages(buf, at, word)
+            case Flag.ZERO:
+                return self._zeros(buf, at, word)
+            case Flag.EOS if word == Flag.EOS:
+                return EndOfSection(), at + _WORD_BYTES
+            case Flag.MEM_SIZE if flags == Flag.MEM_SIZE and not self._listed:
+                self._listed = True
+                self._list = _BlockListParser(word - flags)
+                return None, at + _WORD_BYTES
+            case Flag.COMPRESS_PAGE:
+                raise _refusal("Received an unexpected compressed page")
+            case _:
+                raise _refusal(f"Unknown combination of migration flags: {flags:#x}")
+
+    def _next_block(self, blocks: _BlockListParser, buf: memoryview, at: int) -> tuple[RamEvent | None, int]:
+        if blocks.missing:
+            return None, blocks.parse_one(buf, at)
+        self._list = None
+        self.blocks = dict(blocks.found)
+        return BlockList(blocks.total, tuple(blocks.found.items())), at
+
+    # -- page records ------------------------------------------------------------------------------------------
+
+    def _pages(self, buf: memoryview, at: int, word: int) -> tuple[RamEvent, int]:
+        if word & _CONTINUE and _follows(buf, at + _PAGE_STRIDE, _NEXT_PAGE, _PAGE_STRIDE):
+            block, length = self._known(self._block)
+            words = _run_of_words(buf, at, _NEXT_PAGE, _PAGE_STRIDE)
+            data = np.ndarray((len(words), PAGE), np.uint8, buf, at + _WORD_BYTES, (_PAGE_STRIDE, 1))
+            return PageRun(block, _page_numbers(words, length), data), at + len(words) * _PAGE_STRIDE
+        record = self._single(buf, at, word, PAGE)
+        data = np.ndarray((1, PAGE), np.uint8, buf, record.body)
+        return PageRun(record.block, np.array([record.page]), data), record.body + PAGE
+
+    def _zeros(self, buf: memoryview, at: int, word: int) -> tuple[RamEvent, int]:
+        if word & _CONTINUE and _follows(buf, at + _ZERO_STRIDE, _NEXT_ZERO, _ZERO_STRIDE):
+            block, length = self._known(self._block)
+            words = _run_of_words(buf, at, _NEXT_ZERO, _ZERO_STRIDE)
+            pages = _page_numbers(words, length)
+            return ZeroRun(block, pages, buf[at + _WORD_BYTES]), at + len(words) * _ZERO_STRIDE
+        record = self._single(buf, at, word, 1)
+        return ZeroRun(record.block, np.array([record.page]), buf[record.body]), record.body + 1
+
+    def _single(self, buf: memoryview, at: int, word: int, body_bytes: int) -> _Record:
+        """Parse the head of one record, with a name or without, and remember its block."""
+        body = at + _WORD_BYTES
+        name = self._block
+        if not word & _CONTINUE:
+            name, body = _counted_string(buf, body)
+        block, length = self._known(name)
+        offset = word & ~_FLAGS_MASK
+        if offset >= length:
+            raise _refusal(f"Illegal RAM offset {offset:x}", expected=f"less than {length:x} in block {block}")
+        if len(buf) < body + body_bytes:
+            raise _ShortBufferError
+        self._block = block
+        return _Record(block, offset >> _PAGE_SHIFT, body)
+
+    def _known(self, name: str | None) -> tuple[str, int]:
+        if name is None:
+            raise _refusal("Ack, bad migration stream!", expected="a block name", found="CONTINUE in the first record")
+        if name not in self.blocks:
+            raise _refusal(f"Can't find block {name}")
+        return name, self.blocks[name]
+
+
+class _BlockListParser:
+    """A block list on its way in: it may be longer than the buffer."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.missing = total
+        self.found: dict[str, int] = {}
+
+    def parse_one(self, buf: memoryview, at: int) -> int:
+        """Parse one entry and return the position behind it."""
+        name, at = _counted_string(buf, at)
+        length = _word(buf, at)
+        if not name or name in self.found:
+            raise _refusal("bad name in the block list", found=repr(name) + " twice" * (name in self.found))
+        if not 0 < length <= self.missing or length % PAGE:
+            raise _refusal(
+                f"bad length of RAM block '{name}'",
+                expected=f"a multiple of {PAGE}, at most {self.missing:#x}", found=f"{length:#x}",
+            )  # fmt: skip
+        if len(self.found) == BLOCKS_MAX:
+            raise _refusal("too many RAM blocks", expected=f"at most {BLOCKS_MAX}")
+        self.found[name] = length
+        self.missing -= length
+        return at + _WORD_BYTES
+
+
+def _refusal(what: str, *, expected: str = "", found: str = "") -> RemoteProtocolError:
+    return RemoteProtocolError(what, section="ram", expected=expected, found=found)
+
+
+def _word(buf: memoryview, at: int) -> int:
+    if len(buf) < at + _WORD_BYTES:
+        raise _ShortBufferError
+    return int.from_bytes(buf[at : at + _WORD_BYTES], "big")
+
+
+def _counted_string(buf: memoryview, at: int) -> tuple[str, int]:
+    if len(buf) <= at or len(buf) < (end := at + 1 + buf[at]):
+        raise _ShortBufferError
+    return decode_name(bytes(buf[at + 1 : end]), "a block name"), end
+
+
+# -- runs ------------------------------------------------------------------------------------------------------
+
+
+def _follows(buf: memoryview, at: int, flags: int, stride: int) -> bool:
+    """Say whether a whole record with these flags lies at ``at``."""
+    return len(buf) >= at + stride and int.from_bytes(buf[at + 6 : at + _WORD_BYTES], "big") & _FLAGS_MASK == flags
+
+
+def _run_of_words(buf: memoryview, at: int, flags: int, stride: int) -> NDArray[np.uint64]:
+    """Return the first words of the whole records from ``at`` on that have these flags (and, if zero, one fill byte).
+
+    Looks further and further ahead, so that a short run in a long buffer costs little.
+    """
+    available = (len(buf) - at) // stride
+    words = np.ndarray(available, _WORD, buf, at, (stride,))
+    fills = np.ndarray(available, np.uint8, buf, at + _WORD_BYTES, (stride,))
+    parts: list[NDArray[np.uint64]] = []
+    start, step = 0, 64
+    while start < available:
+        part = words[start : start + step].astype(np.uint64)
+        differs = part & np.uint64(_FLAGS_MASK) != flags
+        if flags == _NEXT_ZERO:
+            differs |= fills[start : start + step] != fills[0]
+        length = _first(differs)
+        parts.append(part[:length])
+        if length < len(part):
+            break
+        start, step = start + step, step * 8
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _first(hits: NDArray[np.bool_]) -> int:
+    """Return the index of the first hit, or the length where there is none."""
+    index = int(hits.argmax())
+    return index if hits[index] else len(hits)
+
+
+def _page_numbers(words: NDArray[np.uint64], length: int) -> Pages:
+    """Return the pages that words name. Raises RemoteProtocolError for one that is not within the block."""
+    pages = (words >> np.uint64(_PAGE_SHIFT)).view(np.int64)
+    if int(pages.max()) >= length // PAGE:
+        first = int(pages[_first(pages >= length // PAGE)])
+        raise _refusal(f"Illegal RAM offset {first << _PAGE_SHIFT:x}", expected=f"less than {length:x}")
+    return pages
