@@ -1,0 +1,131 @@
+"""Whether a migration may switch over, will ever be able to, and what would help.
+
+The rule of the file: pure functions of facts. `decide` is QEMU's rule (7.2, migration_iteration_run), `next_throttle`
+its auto-converge; `assess` is ours: a machine that writes faster than the network carries must not go round for ever
+without a word.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+from migrated.model.parameters import PARAMETERS, Parameters
+
+#: A pass has to be at least this much smaller than the one before it to count as progress.
+PROGRESS = 0.9
+#: What is recommended is this much more than what was just short.
+MARGIN = 1.25
+_MIB = 1 << 20
+
+
+class Decision(StrEnum):
+    """What the iteration loop does next."""
+
+    ITERATE = "iterate"
+    COMPLETE = "complete"
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known about a migration that iterates."""
+
+    pending_bytes: int
+    threshold_bytes: int
+    """What passes within the downtime limit."""
+    bandwidth_bps: float
+    dirty_bps: float
+    passes: int
+    ram_bytes: int
+    downtime_limit_ms: int
+    pass_history: tuple[tuple[int, int], ...] = ()
+    """Of each pass: bytes sent in it, bytes dirtied in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assessment:
+    """Whether it converges, in words for an operator."""
+
+    converging: bool
+    text: str
+    needed_downtime_ms: int = 0
+    """The downtime a switchover would take as things are; 0 while that is unknown."""
+    suggestions: tuple[str, ...] = ()
+
+
+def decide(facts: Facts) -> Decision:
+    """Return COMPLETE once nothing is pending or what is pending is below the threshold."""
+    waits = facts.pending_bytes and facts.pending_bytes >= facts.threshold_bytes
+    return Decision.ITERATE if waits else Decision.COMPLETE
+
+
+def assess(facts: Facts) -> Assessment:
+    """Judge the passes so far."""
+    if not facts.pass_history or not facts.bandwidth_bps:
+        return Assessment(converging=True, text="the first pass over memory is under way")
+    sent, dirtied = facts.pass_history[-1]
+    left = max(facts.pending_bytes, dirtied)
+    needed_ms = math.ceil(left / facts.bandwidth_bps * 1000)
+    if decide(facts) is Decision.COMPLETE or needed_ms <= facts.downtime_limit_ms:
+        text = f"what is left needs {needed_ms} ms, the downtime limit is {facts.downtime_limit_ms} ms"
+        return Assessment(converging=True, text=text, needed_downtime_ms=needed_ms)
+    if dirtied < sent * PROGRESS:
+        text = f"converging: the last pass sent {_mib(sent)} while {_mib(dirtied)} were written"
+        return Assessment(converging=True, text=text, needed_downtime_ms=needed_ms)
+    text = (
+        f"not converging: the last of {facts.passes} passes sent {_mib(sent)} while {_mib(dirtied)} were written;"
+        f" at {_mib(facts.bandwidth_bps)}/s a switchover takes {needed_ms} ms,"
+        f" the downtime limit is {facts.downtime_limit_ms} ms"
+    )
+    return Assessment(converging=False, text=text, needed_downtime_ms=needed_ms, suggestions=_suggest(facts, left))
+
+
+def _suggest(facts: Facts, left_bytes: int) -> tuple[str, ...]:
+    limit_ms = math.ceil(left_bytes / facts.bandwidth_bps * 1000 * MARGIN / 10) * 10
+    # Either a pass becomes shorter than the time in which the machine writes it anew, or it fits the limit as it is.
+    bandwidth_bps = facts.dirty_bps
+    if facts.downtime_limit_ms:
+        bandwidth_bps = min(bandwidth_bps, left_bytes * 1000 / facts.downtime_limit_ms)
+    wanted = _mib(max(bandwidth_bps, facts.bandwidth_bps) * MARGIN)
+    suggestions = (
+        "turn auto-converge on (it slows a cooperative workload down)",
+        f"give it {wanted}/s of bandwidth or more (max-bandwidth, a faster link)",
+    )
+    if limit_ms > PARAMETERS["downtime-limit"].high:
+        return suggestions
+    return (f"set downtime-limit to {limit_ms} ms or more", *suggestions)
+
+
+def _mib(count: float) -> str:
+    return f"{count / _MIB:.1f} MiB"
+
+
+# -- auto-converge ---------------------------------------------------------------------------------------------
+
+
+def is_outpaced(dirtied_bytes: int, transferred_bytes: int, params: Parameters) -> bool:
+    """Say whether the machine wrote more than the trigger's share of what was sent in the same period."""
+    return dirtied_bytes > transferred_bytes * params.integer("throttle-trigger-threshold") / 100
+
+
+def next_throttle(
+    current_percent: int, dirtied_bytes: int, transferred_bytes: int, params: Parameters, fired_before: bool
+) -> int:
+    """Return the throttle for the next period, in percent.
+
+    It is raised when the machine outpaced the network for the second time; ``fired_before`` says whether it already did
+    so once since the last raise. The caller looks at most once a second.
+    """
+    if not fired_before or not is_outpaced(dirtied_bytes, transferred_bytes, params):
+        return current_percent
+    highest = params.integer("max-cpu-throttle")
+    if not current_percent:
+        return min(params.integer("cpu-throttle-initial"), highest)
+    increment = params.integer("cpu-throttle-increment")
+    if params.get("cpu-throttle-tailslow"):
+        # Only as much as brings the written bytes down to the trigger's share, if that is less.
+        allowed = transferred_bytes * params.integer("throttle-trigger-threshold") / 100
+        speed = 100 - current_percent
+        increment = min(increment, speed - int(speed * allowed / dirtied_bytes))
+    return min(current_percent + increment, highest)
