@@ -80,3 +80,17 @@ def _scan(pagemap: int, address: int, length: int, flags: int, buffer: NDArray[n
         return np.empty(0, np.int64), np.empty(0, np.int64)
     ranges = parts[0] if len(parts) == 1 else np.concatenate(parts)
     return ranges[:, 0], ranges[:, 1]
+
+
+def check_tracked(pagemap: int, address: int, length: int) -> None:
+    """Raise KernelError EPERM unless all of a range is registered for asynchronous write-protection; changes nothing.
+
+    Proves at the same time that ``pagemap`` and the userfaultfd that was used to register belong to one process.
+    """
+    argument = _PM_SCAN_ARG.pack(
+        _PM_SCAN_ARG.size, PM_SCAN_CHECK_WPASYNC, address, address + length, 0, 0, 0, 0, 0, PAGE_IS_WRITTEN, 0, 0
+    )
+    try:
+        fcntl.ioctl(pagemap, PAGEMAP_SCAN, bytearray(argument))
+    except OSError as error:
+        raise KernelError("PAGEMAP_SCAN", error.errno or 0) from error
