@@ -20,6 +20,7 @@ import structlog
 from structlog.typing import FilteringBoundLogger
 
 from migrated.errors import ChannelClosed, ChannelError, LocalProtocolError, RemoteProtocolError
+from migrated.transport.accept import accept
 from migrated.transport.readiness import Readiness
 from migrated.transport.unix_path import claim_path, finish_path, release_path
 
@@ -27,8 +28,6 @@ from migrated.transport.unix_path import claim_path, finish_path, release_path
 MAX_FDS = 16
 #: Connections one server keeps at once; an operator's tools and a machine's workloads are far below.
 MAX_CONNECTIONS = 64
-#: How long to leave the backlog alone after accept(2) failed (mostly: out of descriptors); trying at once would spin.
-EXHAUSTED_PAUSE_S = 0.2
 
 _RIGHTS_BYTES = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 _GONE = {errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.ECONNABORTED, errno.ESHUTDOWN, errno.EBADF}
@@ -180,27 +179,13 @@ class UnixServer:
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as group:
             while True:
-                sock = await self._accept()
+                sock = await accept(self._sock, self._readiness, self._log)
                 if self._connections >= MAX_CONNECTIONS:
                     self._log.warning("connection_refused", reason=f"{MAX_CONNECTIONS} connections are open")
                     sock.close()
                     continue
                 self._connections += 1
                 group.create_task(self._serve(FdSocket(sock)))
-
-    async def _accept(self) -> socket.socket:
-        while True:
-            # A flood of connections must not keep the loop to itself.
-            await asyncio.sleep(0)
-            try:
-                sock, _ = self._sock.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                await self._readiness.readable()
-            except OSError as error:
-                self._log.error("accept_failed", error=str(error))
-                await asyncio.sleep(EXHAUSTED_PAUSE_S)
-            else:
-                return sock
 
     async def _serve(self, connection: FdSocket) -> None:
         try:
