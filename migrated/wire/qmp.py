@@ -232,7 +232,7 @@ _QUOTE_OR_ESCAPE = re.compile(rb"\\.|\"", re.DOTALL)
 
 
 def _requote(match: re.Match[bytes]) -> bytes:
-    """Turn a string in either quotes into the same one in double quotes, without the escape ``\\'``."""
+    """Turn a string in either quotes into the same one in double quotes, without escaped single ones."""
     return b'"' + _QUOTE_OR_ESCAPE.sub(_reescape, match.group()[1:-1]) + b'"'
 
 

@@ -1,0 +1,234 @@
+"""Every command of the control socket, in one table.
+
+The rule of the file: translation only. A coroutine here turns a typed argument struct into one call of a port and the
+port's answer into what QMP returns; whatever it decides beyond that belongs into a port. A command that is not in the
+table does not exist; one that QEMU has and this version lacks is named in `NOT_IMPLEMENTED` and says so.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Final
+
+import msgspec
+
+from migrated.control import shapes
+from migrated.control.machine_info import describe_machine
+from migrated.control.ports import Services, SessionPort
+from migrated.control.schema import build_schema
+from migrated.control.settings import (
+    MigrateSetCapabilitiesArguments,
+    MigrateSetParametersArguments,
+    MigrationCapabilityStatus,
+    MigrationParameters,
+)
+from migrated.errors import CommandError
+from migrated.model.runstate import RunState
+
+VERSION: Final[dict[str, object]] = {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": "migrated 0.1.0"}
+"""The QEMU version is the dialect spoken, on this socket and on the wire; the package is what really runs."""
+
+NIL_UUID: Final = "00000000-0000-0000-0000-000000000000"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a command: what it may act on, and where it came from."""
+
+    services: Services
+    session: SessionPort
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One row of the table."""
+
+    name: str
+    run: Callable[[Call, Any], Awaitable[object]]
+    arguments: type[shapes.Shape] = shapes.NoArguments
+    result: object = shapes.NoArguments
+
+
+async def _qmp_capabilities(call: Call, arguments: shapes.QmpCapabilitiesArguments) -> object:
+    for capability in arguments.enable:
+        raise CommandError(f"Capability {capability} not available")
+    call.session.negotiated = True
+    return {}
+
+
+async def _query_version(call: Call, _: shapes.NoArguments) -> object:
+    return VERSION
+
+
+async def _query_commands(call: Call, _: shapes.NoArguments) -> object:
+    return [{"name": name} for name in COMMANDS]
+
+
+async def _query_qmp_schema(call: Call, _: shapes.NoArguments) -> object:
+    return _schema()
+
+
+@cache
+def _schema() -> list[dict[str, object]]:
+    return build_schema(COMMANDS.values(), EVENTS)
+
+
+async def _query_status(call: Call, _: shapes.NoArguments) -> object:
+    run_state = call.services.machine.run_state
+    return {"status": run_state.value, "singlestep": False, "running": run_state is RunState.RUNNING}
+
+
+async def _query_name(call: Call, _: shapes.NoArguments) -> object:
+    return {"name": call.services.machine.name}
+
+
+async def _query_uuid(call: Call, _: shapes.NoArguments) -> object:
+    return {"UUID": call.services.machine.uuid or NIL_UUID}
+
+
+async def _stop(call: Call, _: shapes.NoArguments) -> object:
+    await call.services.migrator.stop()
+    return {}
+
+
+async def _cont(call: Call, _: shapes.NoArguments) -> object:
+    await call.services.migrator.cont()
+    return {}
+
+
+async def _quit(call: Call, _: shapes.NoArguments) -> object:
+    call.services.quit()
+    return {}
+
+
+async def _migrate(call: Call, arguments: shapes.MigrateArguments) -> object:
+    if arguments.blk or arguments.inc:
+        raise CommandError("Block migration ('blk', 'inc') is not implemented by this version of migrated")
+    await call.services.migrator.migrate(arguments.uri, resume=arguments.resume)
+    return {}
+
+
+async def _migrate_cancel(call: Call, _: shapes.NoArguments) -> object:
+    await call.services.migrator.cancel()
+    return {}
+
+
+async def _migrate_incoming(call: Call, arguments: shapes.UriArguments) -> object:
+    await call.services.migrator.incoming(arguments.uri)
+    return {}
+
+
+async def _migrate_continue(call: Call, arguments: shapes.MigrateContinueArguments) -> object:
+    await call.services.migrator.proceed(arguments.state.value)
+    return {}
+
+
+async def _query_migrate(call: Call, _: shapes.NoArguments) -> object:
+    return call.services.migrator.query()
+
+
+async def _migrate_set_capabilities(call: Call, arguments: Any) -> object:
+    call.services.migrator.set_capabilities({item.capability.value: item.state for item in arguments.capabilities})
+    return {}
+
+
+async def _query_migrate_capabilities(call: Call, _: shapes.NoArguments) -> object:
+    current = call.services.migrator.capabilities
+    return [{"capability": name, "state": state} for name, state in current.all().items()]
+
+
+async def _migrate_set_parameters(call: Call, arguments: shapes.Shape) -> object:
+    call.services.migrator.set_parameters(msgspec.to_builtins(arguments))
+    return {}
+
+
+async def _query_migrate_parameters(call: Call, _: shapes.NoArguments) -> object:
+    return call.services.migrator.parameters.all()
+
+
+async def _getfd(call: Call, arguments: shapes.FdNameArguments) -> object:
+    fd = call.session.take_fd()
+    if fd is None:
+        raise CommandError("No file descriptor supplied via SCM_RIGHTS")
+    if arguments.fdname[:1].isdigit():  # `fd:7` names a descriptor by number
+        os.close(fd)
+        raise CommandError("Parameter 'fdname' expects a name not starting with a digit")
+    call.services.migrator.add_fd(arguments.fdname, fd)
+    return {}
+
+
+async def _closefd(call: Call, arguments: shapes.FdNameArguments) -> object:
+    call.services.migrator.close_fd(arguments.fdname)
+    return {}
+
+
+async def _release(call: Call, _: shapes.NoArguments) -> object:
+    await call.services.migrator.release()
+    return {}
+
+
+async def _resolve(call: Call, arguments: shapes.ResolveArguments) -> object:
+    if arguments.peer_is_fenced == arguments.peer_is_running:
+        raise CommandError("State exactly one of 'peer-is-fenced' and 'peer-is-running' as true")
+    await call.services.migrator.resolve(arguments.peer_is_fenced, arguments.peer_is_running)
+    return {}
+
+
+async def _query_ownership(call: Call, _: shapes.NoArguments) -> object:
+    return call.services.migrator.ownership()
+
+
+async def _query_machine(call: Call, _: shapes.NoArguments) -> object:
+    return describe_machine(call.services.machine)
+
+
+_ROWS = (
+    Command("qmp_capabilities", _qmp_capabilities, shapes.QmpCapabilitiesArguments),
+    Command("query-version", _query_version, result=shapes.VersionInfo),
+    Command("query-commands", _query_commands, result=list[shapes.CommandInfo]),
+    Command("query-qmp-schema", _query_qmp_schema, result=list[shapes.SchemaInfo]),
+    Command("query-status", _query_status, result=shapes.StatusInfo),
+    Command("query-name", _query_name, result=shapes.NameInfo),
+    Command("query-uuid", _query_uuid, result=shapes.UuidInfo),
+    Command("stop", _stop),
+    Command("cont", _cont),
+    Command("quit", _quit),
+    Command("migrate", _migrate, shapes.MigrateArguments),
+    Command("migrate_cancel", _migrate_cancel),
+    Command("migrate-incoming", _migrate_incoming, shapes.UriArguments),
+    Command("migrate-continue", _migrate_continue, shapes.MigrateContinueArguments),
+    Command("query-migrate", _query_migrate, result=shapes.MigrationInfo),
+    Command("migrate-set-capabilities", _migrate_set_capabilities, MigrateSetCapabilitiesArguments),
+    Command("query-migrate-capabilities", _query_migrate_capabilities, result=list[MigrationCapabilityStatus]),
+    Command("migrate-set-parameters", _migrate_set_parameters, MigrateSetParametersArguments),
+    Command("query-migrate-parameters", _query_migrate_parameters, result=MigrationParameters),
+    Command("getfd", _getfd, shapes.FdNameArguments),
+    Command("closefd", _closefd, shapes.FdNameArguments),
+    Command("x-migrated-release", _release),
+    Command("x-migrated-resolve", _resolve, shapes.ResolveArguments),
+    Command("x-migrated-query-ownership", _query_ownership, result=shapes.OwnershipInfo),
+    Command("x-migrated-query-machine", _query_machine, result=shapes.MachineInfo),
+)
+
+COMMANDS: Final[Mapping[str, Command]] = {command.name: command for command in _ROWS}
+
+NOT_IMPLEMENTED: Final = frozenset(
+    {
+        "migrate-start-postcopy", "migrate-pause", "migrate-recover",
+        "snapshot-save", "snapshot-load", "snapshot-delete", "query-jobs", "job-dismiss", "job-cancel",
+        "calc-dirty-rate", "query-dirty-rate",
+    }
+)  # fmt: skip
+"""Commands of the interface that a later version brings: refused by name, and not in query-commands."""
+
+EVENTS: Final[Mapping[str, type[shapes.Shape]]] = {
+    "STOP": shapes.NoArguments,
+    "RESUME": shapes.NoArguments,
+    "SHUTDOWN": shapes.ShutdownEvent,
+    "MIGRATION": shapes.MigrationEvent,
+    "MIGRATION_PASS": shapes.MigrationPassEvent,
+}
+"""Events and the shape of their data, for introspection; whoever raises an event sends it, listed or not."""

@@ -1,0 +1,199 @@
+"""Implementers of the ports that the control socket needs, which do nothing but remember what they were asked.
+
+The rule of the file: settings are real value objects, so that refusals are the real ones; everything else is recorded
+in `calls` or taken from an attribute that a test sets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from migrated.control.ports import EventCallback, Services
+from migrated.errors import CommandError
+from migrated.model.parameters import Capabilities, Parameters
+from migrated.model.runstate import RunState
+from migrated.savevm.ports import DevicePort, RamBlockPort, TrackedMapping
+
+
+class FakeMigrator:
+    """MigratorPort: real capabilities and parameters, everything else recorded."""
+
+    def __init__(self) -> None:
+        self.capabilities = Capabilities()
+        self.parameters = Parameters()
+        self.calls: list[tuple[Any, ...]] = []
+        self.info: dict[str, object] = {}
+        self.script: list[dict[str, object]] = []
+        self.refusal: Exception | None = None
+        self.gate: asyncio.Event | None = None
+        self.entered = asyncio.Event()
+        self.fds: dict[str, int] = {}
+        self.record: dict[str, object] = {"record": "owner", "text": "this host owns it", "next-step": "nothing to do"}
+        self.subscribers: list[EventCallback] = []
+
+    def set_capabilities(self, changes: dict[str, bool]) -> None:
+        self.capabilities = self.capabilities.replace(changes)
+
+    def set_parameters(self, changes: dict[str, object]) -> None:
+        self.parameters = self.parameters.replace(changes)
+
+    async def migrate(self, uri: str, *, resume: bool = False) -> None:
+        await self._called("migrate", uri, resume)
+
+    async def cancel(self) -> None:
+        await self._called("cancel")
+
+    async def proceed(self, state: str) -> None:
+        await self._called("proceed", state)
+
+    async def incoming(self, uri: str) -> None:
+        await self._called("incoming", uri)
+
+    def query(self) -> dict[str, object]:
+        """The next answer of the script, then the last one for ever."""
+        if self.script:
+            self.info = self.script.pop(0)
+        return self.info
+
+    async def stop(self) -> None:
+        await self._called("stop")
+        self.emit("STOP")
+
+    async def cont(self) -> None:
+        await self._called("cont")
+        self.emit("RESUME")
+
+    async def release(self) -> None:
+        await self._called("release")
+
+    async def resolve(self, peer_is_fenced: bool, peer_is_running: bool) -> None:
+        await self._called("resolve", peer_is_fenced, peer_is_running)
+
+    def add_fd(self, name: str, fd: int) -> None:
+        self.fds[name] = fd
+
+    def close_fd(self, name: str) -> None:
+        if name not in self.fds:
+            raise CommandError(f"File descriptor named '{name}' not found")
+        os.close(self.fds.pop(name))
+
+    def ownership(self) -> dict[str, object]:
+        return self.record
+
+    def subscribe(self, callback: EventCallback) -> Callable[[], None]:
+        self.subscribers.append(callback)
+        return lambda: self.subscribers.remove(callback)
+
+    def emit(self, name: str, data: dict[str, object] | None = None) -> None:
+        for callback in self.subscribers:
+            callback(name, data or {})
+
+    async def _called(self, *call: object) -> None:
+        self.calls.append(call)
+        self.entered.set()
+        if self.gate:
+            await self.gate.wait()
+        if self.refusal:
+            raise self.refusal
+
+
+@dataclass
+class FakeBlock:
+    """RamBlockPort without memory behind it."""
+
+    name: str
+    size_bytes: int
+    page_size: int = 4096
+    memfd: int = -1
+    mappings: Sequence[TrackedMapping] = ()
+
+    @property
+    def pages(self) -> NDArray[np.uint8]:
+        raise NotImplementedError
+
+
+@dataclass
+class FakeDevice:
+    """DevicePort without state behind it."""
+
+    idstr: str
+    workload: str
+    instance_id: int = 0
+    version_id: int = 1
+
+    async def save(self) -> bytes:
+        raise NotImplementedError
+
+    async def load(self, state: bytes, version_id: int) -> None:
+        raise NotImplementedError
+
+
+@dataclass
+class FakeMachine:
+    """MachinePort as far as the control socket looks at it."""
+
+    name: str = "kv"
+    uuid: str | None = None
+    machine_type: str = "none"
+    run_state: RunState = RunState.RUNNING
+    blocks: list[FakeBlock] = field(default_factory=list)
+    attached: list[FakeDevice] = field(default_factory=list)
+
+    def ram_blocks(self) -> Sequence[RamBlockPort]:
+        return self.blocks
+
+    def devices(self) -> Sequence[DevicePort]:
+        return self.attached
+
+    async def stop(self, run_state: RunState) -> None:
+        raise NotImplementedError
+
+    async def cont(self) -> None:
+        raise NotImplementedError
+
+    def set_run_state(self, run_state: RunState) -> None:
+        raise NotImplementedError
+
+    async def throttle(self, percent: int) -> bool:
+        raise NotImplementedError
+
+    def check_alive(self) -> None:
+        raise NotImplementedError
+
+    def watch(self) -> None:
+        raise NotImplementedError
+
+    async def lost(self) -> None:
+        raise NotImplementedError
+
+    async def wait_declared(self, blocks: Iterable[str], devices: Iterable[str], timeout_s: float) -> None:
+        raise NotImplementedError
+
+    async def moved(self, peer: str) -> None:
+        raise NotImplementedError
+
+    async def begin_incoming(self) -> None:
+        raise NotImplementedError
+
+    async def release(self) -> None:
+        raise NotImplementedError
+
+
+@dataclass
+class FakeDaemon:
+    """Everything a control server acts on, with handles for a test."""
+
+    migrator: FakeMigrator = field(default_factory=FakeMigrator)
+    machine: FakeMachine = field(default_factory=FakeMachine)
+    quit_asked: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def services(self) -> Services:
+        return Services(self.migrator, self.machine, self.quit_asked.set)

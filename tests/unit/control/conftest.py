@@ -1,0 +1,50 @@
+"""A real control server on a Unix socket, in front of ports that only remember."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest_asyncio
+
+from migrated.control.server import ControlServer
+from tests.support.fake_services import FakeDaemon, FakeMachine, FakeMigrator
+from tests.support.qmp_peer import QmpPeer
+
+
+@dataclass
+class Control:
+    """The server under test and what it acts on."""
+
+    server: ControlServer
+    daemon: FakeDaemon
+    path: str
+
+    @property
+    def migrator(self) -> FakeMigrator:
+        return self.daemon.migrator
+
+    @property
+    def machine(self) -> FakeMachine:
+        return self.daemon.machine
+
+    async def connect(self, *, negotiate: bool = True) -> QmpPeer:
+        return await QmpPeer.connect(self.path, negotiate=negotiate)
+
+
+@pytest_asyncio.fixture
+async def control(tmp_path: Path) -> AsyncIterator[Control]:
+    daemon = FakeDaemon()
+    path = str(tmp_path / "qmp.sock")
+    server = ControlServer(daemon.services, path)
+    await server.start()
+    yield Control(server, daemon, path)
+    await server.close()
+
+
+@pytest_asyncio.fixture
+async def peer(control: Control) -> AsyncIterator[QmpPeer]:
+    connected = await control.connect()
+    yield connected
+    connected.close()
