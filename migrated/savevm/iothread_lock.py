@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from migrated.errors import LocalProtocolError
 
@@ -49,7 +49,7 @@ class IothreadLock:
         if self.held:
             raise LocalProtocolError(f"{what} must not be called with the iothread lock held")
 
-    async def __aenter__(self) -> IothreadLock:
+    async def __aenter__(self) -> Self:
         self.assert_not_held("taking the iothread lock")
         await self._lock.acquire()
         self._owner = asyncio.current_task()

@@ -195,7 +195,12 @@ class SaveVMRegistry:
             await self._call(entry, "load_setup", f, entry.opaque)
 
     async def load_state(
-        self, f: IncomingStream, header: SectionHeader, *, missing: MissingSections | None = None, listening: bool = False
+        self,
+        f: IncomingStream,
+        header: SectionHeader,
+        *,
+        missing: MissingSections | None = None,
+        listening: bool = False,
     ) -> str:
         """Feed one section's body to its handler and return its idstr; the caller reads the footer.
 
@@ -210,7 +215,9 @@ class SaveVMRegistry:
             self._loading[header.section_id] = (entry, header.version_id)
         known = self._loading.get(header.section_id)
         if known is None:
-            raise RemoteProtocolError(f"Unknown savevm section {header.section_id}", found=f"a {header.kind.name} section")
+            raise RemoteProtocolError(
+                f"Unknown savevm section {header.section_id}", found=f"a {header.kind.name} section"
+            )
         entry, version_id = known
         await self._call(entry, "load_state", f, entry.opaque, version_id)
         self._loaded.add((entry.idstr, entry.instance_id))
@@ -263,7 +270,9 @@ class SaveVMRegistry:
     # -- the only place that calls hooks -----------------------------------------------------------------------
 
     async def _active(self, hook: str) -> list[SaveStateEntry]:
-        return [e for e in list(self._entries) if getattr(e.ops, hook) and await self._test(e, "is_active", default=True)]
+        return [
+            e for e in list(self._entries) if getattr(e.ops, hook) and await self._test(e, "is_active", default=True)
+        ]
 
     async def _test(self, entry: SaveStateEntry, hook: str, *, default: bool) -> bool:
         if getattr(entry.ops, hook) is None:
@@ -293,7 +302,7 @@ class SaveVMRegistry:
                 continue
             try:
                 await self._call(entry, hook, entry.opaque)
-            except Exception as error:  # every handler gets its cleanup, whatever the others do
+            except Exception as error:  # noqa: BLE001 - every handler gets its cleanup, whatever the others do
                 failed.append(SectionError(entry.idstr, entry.instance_id, hook, str(error)))
         return failed
 
@@ -306,7 +315,7 @@ class SaveVMRegistry:
 
 
 def _is_async(hook: Hook) -> bool:
-    return inspect.iscoroutinefunction(hook) or inspect.iscoroutinefunction(getattr(hook, "__call__", None))
+    return inspect.iscoroutinefunction(hook) or inspect.iscoroutinefunction(type(hook).__call__)
 
 
 async def _call_blocking(hook: Hook, f: IncomingStream, *args: Any) -> Any:

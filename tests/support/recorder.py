@@ -19,7 +19,7 @@ class Recorder:
     steps: int = 1
     postcopy: bool = False
     active: bool = True
-    pending: Pending = Pending()
+    pending: Pending = field(default_factory=Pending)
     loaded: list[tuple[bytes, int]] = field(default_factory=list)
 
     def _note(self, hook: str) -> None:

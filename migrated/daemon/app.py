@@ -1,0 +1,252 @@
+"""The composition root: one machine, its handlers, its engine and its sockets, wired together and run as a service.
+
+The rule of the file: it knows everybody and decides nothing. Order of start: state directory (locked), machine, attach
+socket, control socket, listener, READY. Order of stop: the listener and what may be cancelled, then a switchover that
+is under way is waited for, then the sockets. Workloads are never ended by their daemon.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import uvloop
+from structlog.typing import FilteringBoundLogger
+
+from migrated.control.ports import Services
+from migrated.control.server import ControlServer
+from migrated.daemon.config import Config, load_config
+from migrated.daemon.lock import StateLock
+from migrated.daemon.log import configure_log
+from migrated.daemon.notify import Notifier
+from migrated.daemon.record import FileRecordStore
+from migrated.daemon.workload_command import WorkloadCommand
+from migrated.devices.attached import register_device, unregister_device
+from migrated.devices.global_state import register_global_state
+from migrated.errors import ConfigError, MigratedError
+from migrated.machine.attach import AttachServer
+from migrated.machine.machine import Machine
+from migrated.migration.host import Host, Settings
+from migrated.migration.migrator import Migrator
+from migrated.migration.ownership import Hold, Ownership
+from migrated.migration.progress import Progress
+from migrated.model.runstate import RunState
+from migrated.ram.load import RamLoad
+from migrated.ram.save import RamSave
+from migrated.savevm.handlers import SaveVMHandlers
+from migrated.savevm.iothread_lock import IothreadLock
+from migrated.savevm.registry import SaveVMRegistry
+from migrated.wire.ram import RAM_VERSION
+
+EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h, as systemd shows it
+EXIT_FAILURE = 1
+
+
+class Daemon:
+    """One daemon for one machine. Everything hangs off this object; there are no process-wide singletons."""
+
+    def __init__(self, config: Config, incoming: str | None, log: FilteringBoundLogger) -> None:
+        self._config = config
+        self._log = log
+        self._incoming = incoming
+        self._stopping = asyncio.Event()
+        self._state = Path(config.paths.state)
+        self._runtime = Path(config.paths.runtime)
+
+    def stop(self) -> None:
+        """Ask the daemon to end (SIGTERM, SIGINT, QMP quit)."""
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Run until `stop`. Raises MigratedError when it cannot start."""
+        async with AsyncExitStack() as stack:
+            for directory in (self._state, self._runtime):
+                directory.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(StateLock(self._state))
+            notifier = Notifier.from_environment()
+            jobs = await stack.enter_async_context(asyncio.TaskGroup())
+            migrator = await self._wire(stack, jobs)
+            unsubscribe = migrator.subscribe(lambda name, data: notifier.status(_status_line(name, data)))
+            stack.callback(unsubscribe)
+            watchdog = jobs.create_task(notifier.keep_watchdog())
+            notifier.ready()
+            self._log.info("ready", machine=self._config.machine.name)
+            await self._stopping.wait()
+            notifier.stopping()
+            self._log.info("stopping")
+            watchdog.cancel()
+            await migrator.close()
+
+    async def _wire(self, stack: AsyncExitStack, jobs: asyncio.TaskGroup) -> Migrator:
+        config = self._config
+        ownership = Ownership(FileRecordStore(self._state))
+        settings = Settings(config.capabilities(), config.parameters())
+        lock = IothreadLock()
+        registry = SaveVMRegistry(lock)
+        outgoing, incoming = Progress(time.monotonic), Progress(time.monotonic)
+        relay = _Relay()
+        machine = Machine(
+            config.machine.name,
+            uuid=config.machine.uuid,
+            machine_type=config.machine.type,
+            initial_run_state=await self._initial_run_state(ownership),
+            stop_timeout_s=lambda: settings.seconds("x-migrated-stop-timeout"),
+            on_event=relay,
+            on_device_declared=lambda device: register_device(registry, device),
+            on_device_withdrawn=lambda device: unregister_device(registry, device),
+        )
+        host = Host(
+            machine=machine,
+            registry=registry,
+            lock=lock,
+            ownership=ownership,
+            global_state=register_global_state(registry),
+            settings=settings,
+            completeness=[self._register_ram(registry, machine, lock, outgoing, incoming, relay, settings)],
+            emit=relay,
+            clock=time.monotonic,
+            log=self._log,
+            attach_timeout_s=config.workload.attach_timeout,
+        )
+        self._load_handlers(registry, machine)
+        migrator = Migrator(host, outgoing, incoming, jobs.create_task, allow=config.migration.allow)
+        relay.target = migrator.emit
+        await self._open_sockets(stack, machine, migrator, ownership)
+        return migrator
+
+    async def _initial_run_state(self, ownership: Ownership) -> RunState:
+        """Decide what this host is, from its record first and its configuration second."""
+        match ownership.record.hold:
+            case Hold.OWNER:
+                return RunState.RUNNING
+            case Hold.RELEASED | Hold.ACCEPTED:
+                self._log.error("outcome_unknown", text=ownership.text(), next_step=ownership.next_step())
+                return RunState.FINISH_MIGRATE
+            case Hold.MOVED:
+                return RunState.POSTMIGRATE
+        if self._incoming is not None:
+            return RunState.INMIGRATE
+        await ownership.become(Hold.OWNER)
+        return RunState.RUNNING
+
+    def _register_ram(
+        self,
+        registry: SaveVMRegistry,
+        machine: Machine,
+        lock: IothreadLock,
+        outgoing: Progress,
+        incoming: Progress,
+        emit: Callable[[str, dict[str, object]], None],
+        settings: Settings,
+    ) -> Callable[[], None]:
+        def synced(newly_dirty: int) -> None:
+            outgoing.synced(newly_dirty)
+            if settings.enabled("events"):
+                emit("MIGRATION_PASS", {"pass": outgoing.stats.dirty_sync_count})
+
+        save = RamSave(machine, lock, outgoing.stats, on_sync=synced)
+        load = RamLoad(machine, incoming.stats, lambda: self._config.workload.attach_timeout)
+        ops = SaveVMHandlers.of(_Both(save, load))
+        registry.register_savevm_live("ram", 0, RAM_VERSION, ops, machine)
+        return load.check_complete
+
+    def _load_handlers(self, registry: SaveVMRegistry, machine: Machine) -> None:
+        """Call ``register(registry, machine)`` of every ``[handlers] load`` entry."""
+        for entry in self._config.handlers.load:
+            module, _, name = entry.partition(":")
+            try:
+                register = getattr(importlib.import_module(module), name)
+                register(registry, machine)
+            except Exception as error:  # foreign code, at start: name the entry that failed and end
+                raise ConfigError("[handlers] load", entry, f"cannot be loaded: {error!r}") from error
+            self._log.info("handler_loaded", entry=entry)
+
+    async def _open_sockets(
+        self, stack: AsyncExitStack, machine: Machine, migrator: Migrator, ownership: Ownership
+    ) -> None:
+        config = self._config
+        attach = AttachServer(machine, config.attach_socket, mode=config.attach.mode, group=config.attach.group)
+        await attach.start()
+        stack.push_async_callback(attach.close)
+        services = Services(migrator, machine, self.stop)
+        control = ControlServer(services, config.control_socket, mode=config.control.mode, group=config.control.group)
+        await control.start()
+        stack.push_async_callback(control.close)
+        if self._incoming not in (None, "defer"):
+            await migrator.open_listener(str(self._incoming))
+        if config.workload.command:
+            command = WorkloadCommand(config.workload.command, self._runtime, config.attach_socket, self._log)
+            await stack.enter_async_context(command.running())
+
+
+class _Relay:
+    """Events of the machine and the engine, on their way to a migrator that does not exist yet."""
+
+    def __init__(self) -> None:
+        self.target: Callable[[str, dict[str, object]], None] = lambda name, data: None
+
+    def __call__(self, name: str, data: dict[str, object]) -> None:
+        self.target(name, data)
+
+
+class _Both:
+    """The hooks of both halves of a handler as one object."""
+
+    def __init__(self, *halves: object) -> None:
+        self._halves = halves
+
+    def __getattr__(self, name: str) -> Any:
+        for half in self._halves:
+            if hasattr(half, name):
+                return getattr(half, name)
+        raise AttributeError(name)
+
+
+def _status_line(name: str, data: dict[str, object]) -> str:
+    return f"{name.lower().replace('_', ' ')}" + (
+        f": {', '.join(str(value) for value in data.values())}" if data else ""
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``migrated``; return its exit status."""
+    parser = argparse.ArgumentParser(prog="migrated", description="live-migration daemon for one machine")
+    parser.add_argument("--config", required=True, type=Path, help="configuration file (TOML)")
+    parser.add_argument("--incoming", metavar="URI", help="start as a destination: wait at URI, or 'defer'")
+    parser.add_argument("--check-config", action="store_true", help="validate the configuration and exit")
+    arguments = parser.parse_args(argv)
+    try:
+        config = load_config(arguments.config)
+    except ConfigError as error:
+        sys.stderr.write(f"migrated: {error}\n")
+        return EXIT_CONFIG
+    if arguments.check_config:
+        sys.stdout.write(f"{arguments.config}: OK (machine {config.machine.name})\n")
+        return 0
+    log = configure_log(config.log).bind(machine=config.machine.name)
+    incoming = arguments.incoming or config.migration.incoming
+    try:
+        uvloop.run(_serve(config, incoming, log))
+    except ConfigError as error:
+        log.error("cannot_start", error=str(error))
+        return EXIT_CONFIG
+    except (MigratedError, OSError) as error:
+        log.error("cannot_start", error=str(error))
+        return EXIT_FAILURE
+    return 0
+
+
+async def _serve(config: Config, incoming: str | None, log: FilteringBoundLogger) -> None:
+    daemon = Daemon(config, incoming, log)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, daemon.stop)
+    await daemon.run()

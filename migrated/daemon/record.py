@@ -1,0 +1,66 @@
+"""The hand-over record on disk: one small JSON file, written aside, fsynced, renamed.
+
+The rule of the file: `write` returns only when the record would survive a crash, and a cancelled writer still finishes
+first: a record must never be half written by a thread that nobody waits for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from migrated.errors import ConfigError
+
+
+class FileRecordStore:
+    """Implements `savevm.ports.RecordStore` in one directory."""
+
+    def __init__(self, directory: Path, name: str = "ownership.json") -> None:
+        self._path = directory / name
+        self._turn = asyncio.Lock()
+
+    def read(self) -> dict[str, Any] | None:
+        """Return the record, or None when none was ever written. Raises ConfigError when it cannot be read."""
+        try:
+            record = json.loads(self._path.read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise ConfigError(str(self._path), "", f"the ownership record cannot be read: {error}") from error
+        if not isinstance(record, dict):
+            raise ConfigError(str(self._path), "", "the ownership record is not an object")
+        return record
+
+    async def write(self, record: dict[str, Any]) -> None:
+        """Replace the record durably. Raises OSError; then the old one is still there."""
+        async with self._turn:
+            task = asyncio.get_running_loop().run_in_executor(None, self._write, json.dumps(record, indent=1) + "\n")
+            cancelled = None
+            while not task.done():
+                try:
+                    await asyncio.shield(task)
+                except asyncio.CancelledError as error:
+                    cancelled = error
+                except OSError:
+                    break
+            task.result()
+            if cancelled is not None:
+                raise cancelled
+
+    def _write(self, text: str) -> None:
+        aside = self._path.with_suffix(".new")
+        fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
+        try:
+            os.write(fd, text.encode())
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(aside, self._path)
+        directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)

@@ -1,0 +1,93 @@
+"""What one migration needs of the daemon it runs in, in one value.
+
+The rule of the file: only contracts (savevm) and callbacks; the composition root fills it in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from structlog.typing import FilteringBoundLogger
+
+from migrated.migration.ownership import Ownership
+from migrated.model.parameters import Capabilities, Parameters
+from migrated.model.runstate import RunState
+from migrated.savevm.iothread_lock import IothreadLock
+from migrated.savevm.ports import MachinePort
+from migrated.savevm.registry import SaveVMRegistry
+
+Emit = Callable[[str, dict[str, object]], None]
+
+#: Sections every stream may or may not have; everything else that is registered must arrive.
+OPTIONAL_SECTIONS = ("ram", "globalstate", "timer")
+
+
+class GlobalStatePort(Protocol):
+    """The run state that travels with the machine."""
+
+    received: RunState | None
+
+    def store(self, run_state: RunState) -> None: ...
+
+
+@dataclass(slots=True)
+class Settings:
+    """Capabilities and parameters as they are now; values are replaced, never changed in place."""
+
+    capabilities: Capabilities
+    parameters: Parameters
+
+    def seconds(self, name: str) -> float:
+        """Return a parameter that is kept in milliseconds, in seconds."""
+        return self.parameters.integer(name) / 1000
+
+    def enabled(self, capability: str) -> bool:
+        """Return whether a capability is on."""
+        return bool(self.capabilities.get(capability))
+
+    def silence_timeout_s(self) -> float:
+        """Return how long a peer may be silent inside an element."""
+        return self.seconds("x-migrated-silence-timeout")
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """One daemon, as its migrations see it."""
+
+    machine: MachinePort
+    registry: SaveVMRegistry
+    lock: IothreadLock
+    ownership: Ownership
+    global_state: GlobalStatePort
+    settings: Settings
+    completeness: Sequence[Callable[[], None]]
+    """Each raises RemoteProtocolError when a stream has ended and something is missing."""
+    emit: Emit
+    clock: Callable[[], float]
+    log: FilteringBoundLogger
+    attach_timeout_s: float
+
+
+async def resume_machine(host: Host, previous: RunState) -> None:
+    """Bring a machine that was stopped for switchover back to what it was. Lock held; twice does no harm."""
+    host.lock.assert_held("resuming the machine")
+    if previous is RunState.RUNNING:
+        await host.machine.cont()
+    else:
+        host.machine.set_run_state(previous)
+
+
+async def insist(step: Callable[[], Awaitable[None]]) -> None:
+    """Repeat an idempotent cleanup until it ran to its end; deliver a cancellation only afterwards."""
+    cancelled = None
+    while True:
+        try:
+            await step()
+            break
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled

@@ -1,0 +1,266 @@
+"""The migrations of one daemon: one at a time, in either direction, and the commands that steer them.
+
+The rule of the file: it decides whether something may begin, never how it goes on; that is `outgoing` and `incoming`.
+Implements control's ``MigratorPort``. Error texts are QEMU's where QEMU has one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import uuid
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+from migrated.errors import CommandError
+from migrated.migration import report
+from migrated.migration.host import Emit, Host
+from migrated.migration.incoming import IncomingMigration
+from migrated.migration.outgoing import OutgoingMigration
+from migrated.migration.ownership import Hold
+from migrated.migration.progress import Progress
+from migrated.model.runstate import RunState
+from migrated.model.status import is_running
+from migrated.transport.address import parse_address
+from migrated.transport.channel import Channel
+from migrated.transport.dial import dial
+from migrated.transport.listen import Listener, listen
+
+Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
+
+BUSY = "There's a migration process in progress"
+
+
+class Migrator:
+    """Starts, cancels and describes migrations; owns the incoming listener and the named descriptors."""
+
+    def __init__(
+        self,
+        host: Host,
+        outgoing_progress: Progress,
+        incoming_progress: Progress,
+        spawn: Spawn,
+        allow: Sequence[str] = (),
+    ) -> None:
+        self._host = host
+        self._outgoing_progress = outgoing_progress
+        self._incoming_progress = incoming_progress
+        self._spawn = spawn
+        self._allow = allow
+        self._outgoing: OutgoingMigration | None = None
+        self._incoming: IncomingMigration | None = None
+        self._listener: Listener | None = None
+        self._fds: dict[str, int] = {}
+        self._half_loaded = False
+        self._subscribers: list[Emit] = []
+
+    # -- events ------------------------------------------------------------------------------------------------
+
+    def subscribe(self, callback: Emit) -> Callable[[], None]:
+        """Call ``callback(name, data)`` for every event until the returned function is called."""
+        self._subscribers.append(callback)
+        return lambda: self._subscribers.remove(callback) if callback in self._subscribers else None
+
+    def emit(self, name: str, data: dict[str, object]) -> None:
+        """Hand an event to every subscriber."""
+        for callback in list(self._subscribers):
+            callback(name, data)
+
+    # -- settings ----------------------------------------------------------------------------------------------
+
+    @property
+    def capabilities(self) -> Any:
+        return self._host.settings.capabilities
+
+    @property
+    def parameters(self) -> Any:
+        return self._host.settings.parameters
+
+    def set_capabilities(self, changes: dict[str, bool]) -> None:
+        """Change capabilities, all or none. Raises CommandError; refused while a migration runs."""
+        if self.busy:
+            raise CommandError(BUSY)
+        self._host.settings.capabilities = self._host.settings.capabilities.replace(changes)
+
+    def set_parameters(self, changes: dict[str, object]) -> None:
+        """Change parameters, all or none. Raises CommandError."""
+        self._host.settings.parameters = self._host.settings.parameters.replace(changes)
+
+    # -- migrating ---------------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """True while a migration runs in either direction."""
+        outgoing = self._outgoing is not None and (
+            is_running(self._outgoing.status.value) or not self._outgoing.finished
+        )
+        return outgoing or (self._incoming is not None and is_running(self._incoming.status.value))
+
+    async def migrate(self, uri: str, *, resume: bool = False) -> None:
+        """Start an outgoing migration; returns once it is accepted. Raises CommandError."""
+        if resume:
+            raise CommandError("Cannot resume if there is no paused migration")
+        if self.busy:
+            raise CommandError(BUSY)
+        address = parse_address(uri)
+        self._require_migratable()
+        timeout_s = self._host.settings.silence_timeout_s()
+
+        async def connect() -> Channel:
+            return await dial(address, timeout_s=timeout_s, fds=self._take_fd)
+
+        self._outgoing = OutgoingMigration(self._host, self._outgoing_progress, connect, migration_id=uuid.uuid4().hex)
+        self._outgoing.start(self._spawn)
+
+    def _require_migratable(self) -> None:
+        ownership = self._host.ownership
+        if ownership.outcome_unknown:
+            raise CommandError(f"{ownership.text()}. Next: {ownership.next_step()}")
+        match self._host.machine.run_state:
+            case RunState.INMIGRATE:
+                raise CommandError("Guest is waiting for an incoming migration")
+            case RunState.POSTMIGRATE:
+                raise CommandError("Can't migrate the vm that was paused due to previous migration")
+
+    async def cancel(self) -> None:
+        """Cancel the outgoing migration; without one nothing happens. Raises CommandError after the last byte."""
+        if self._host.ownership.outcome_unknown and self._host.ownership.record.hold is Hold.RELEASED:
+            ownership = self._host.ownership
+            raise CommandError(f"{ownership.text()}. Next: {ownership.next_step()}")
+        if self._outgoing is not None and is_running(self._outgoing.status.value):
+            self._outgoing.cancel()
+
+    async def proceed(self, state: str) -> None:
+        """Go on after pause-before-switchover (``migrate-continue``)."""
+        if self._outgoing is None:
+            raise CommandError("Migration not in expected state: none")
+        self._outgoing.proceed(state)
+
+    async def incoming(self, uri: str) -> None:
+        """Open a listener (``migrate-incoming``). Raises CommandError."""
+        if self._listener is not None:
+            raise CommandError("The incoming migration has already been started")
+        if self._host.machine.run_state not in (RunState.INMIGRATE, RunState.POSTMIGRATE):
+            raise CommandError("'-incoming' was not specified on the command line")
+        await self.open_listener(uri)
+
+    async def open_listener(self, uri: str) -> None:
+        """Listen for machines on ``uri``. A machine that comes while one runs here is refused with the reason."""
+        self._listener = await listen(parse_address(uri), self._receive, allow=self._allow, fds=self._take_fd)
+        self._host.log.info("waiting_for_machine", addresses=self._listener.addresses)
+
+    async def _receive(self, channel: Channel) -> None:
+        if self.busy:
+            self._host.log.warning("connection_refused", peer=channel.peer, reason=BUSY)
+            channel.abort()
+            return
+        self._incoming = IncomingMigration(self._host, self._incoming_progress, channel, migration_id=uuid.uuid4().hex)
+        await asyncio.shield(self._incoming.start(self._spawn))
+        self._half_loaded = self._incoming.touched and not self._host.ownership.may_run
+        if self._host.ownership.may_run:
+            self._outgoing = None
+
+    # -- the machine -------------------------------------------------------------------------------------------
+
+    async def stop(self) -> None:
+        """Stop the machine (QMP ``stop``)."""
+        async with self._host.lock:
+            if self._host.machine.run_state is RunState.RUNNING:
+                await self._host.machine.stop(RunState.PAUSED)
+
+    async def cont(self) -> None:
+        """Start the machine (QMP ``cont``), if this host may. Raises CommandError with the reason and next step."""
+        if self.busy:
+            raise CommandError("Migration is not finalized yet")
+        self._host.ownership.require_may_start()
+        if self._half_loaded:
+            raise CommandError(
+                "an arriving machine was loaded only in part. Next: migrate it again, or restart the workload and the"
+                " daemon to begin afresh"
+            )
+        async with self._host.lock:
+            await self._host.ownership.become(Hold.OWNER)
+            await self._host.machine.cont()
+
+    async def release(self) -> None:
+        """Let go of the memory of a machine that moved away (``x-migrated-release``)."""
+        if (
+            self._host.machine.run_state is not RunState.POSTMIGRATE
+            or self._host.ownership.record.hold is not Hold.MOVED
+        ):
+            raise CommandError("only the memory of a machine that moved away can be released")
+        await self._host.machine.release()
+
+    async def resolve(self, peer_is_fenced: bool, peer_is_running: bool) -> None:
+        """End an unknown outcome by an operator's word (``x-migrated-resolve``)."""
+        if peer_is_fenced == peer_is_running:
+            raise CommandError("say exactly one of peer-is-fenced and peer-is-running")
+        ownership = self._host.ownership
+        if not ownership.outcome_unknown:
+            raise CommandError(f"there is nothing to resolve: {ownership.text()}")
+        self._host.log.warning(
+            "outcome_resolved_by_operator", peer_is_fenced=peer_is_fenced, peer=ownership.record.peer
+        )
+        async with self._host.lock:
+            await ownership.become(Hold.OWNER if peer_is_fenced else Hold.MOVED, peer=ownership.record.peer)
+            if peer_is_fenced:
+                self._half_loaded = False
+                self._host.machine.set_run_state(RunState.PAUSED)
+            else:
+                self._host.machine.set_run_state(RunState.POSTMIGRATE)
+                await self._host.machine.moved(ownership.record.peer)
+
+    # -- descriptors -------------------------------------------------------------------------------------------
+
+    def add_fd(self, name: str, fd: int) -> None:
+        """Keep a descriptor under a name (``getfd``); one of that name is replaced."""
+        if (old := self._fds.pop(name, None)) is not None:
+            os.close(old)
+        self._fds[name] = fd
+
+    def close_fd(self, name: str) -> None:
+        """Close a kept descriptor (``closefd``)."""
+        os.close(self._take_fd(name))
+
+    def _take_fd(self, name: str) -> int:
+        if name not in self._fds:
+            raise CommandError(f"File descriptor named '{name}' has not been found")
+        return self._fds.pop(name)
+
+    # -- answers -----------------------------------------------------------------------------------------------
+
+    def query(self) -> dict[str, object]:
+        """Answer ``query-migrate``."""
+        answer: dict[str, object] = {}
+        if self._outgoing is not None:
+            limit_ms = self._host.settings.parameters.integer("downtime-limit")
+            answer = report.describe_outgoing(self._outgoing, self._outgoing_progress, limit_ms)
+            answer["x-migrated-outcome"] = report.outcome(self._host.ownership)
+        elif self._incoming is not None:
+            answer = report.describe_incoming(self._incoming, self._incoming_progress)
+        if self._listener is not None:
+            answer["socket-address"] = self._listener.addresses
+        return answer
+
+    def ownership(self) -> dict[str, object]:
+        """Answer ``x-migrated-query-ownership``."""
+        return self._host.ownership.as_dict()
+
+    # -- the end -----------------------------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """Drain: cancel what may be cancelled, wait for what may not, stop listening, close descriptors."""
+        if self._listener is not None:
+            await self._listener.close()
+            self._listener = None
+        if self._incoming is not None:
+            self._incoming.cancel()
+        if self._outgoing is not None and is_running(self._outgoing.status.value):
+            try:
+                self._outgoing.cancel()
+            except CommandError:
+                self._host.log.info("waiting_for_switchover")
+            await self._outgoing.wait()
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()

@@ -1,0 +1,145 @@
+"""Who may run the machine: the one rule, as a record that survives the daemon.
+
+The rule of the file: the record is written before the act it allows. A destination may start once it has read the last
+byte it needs, so the source writes ``released`` before that byte; with an answer it becomes ``moved``, or ``owner``
+again when the destination says that it did not start. Without an answer it stays ``released``: nobody may guess.
+
+    record      | may run here | how it ends
+    ------------+--------------+---------------------------------------------------------------
+    none        | once asked   | `cont` makes it owner; an arriving machine makes it owner
+    owner       | yes          | the last byte goes out: released; an arrived machine that cannot start goes back: moved
+    released    | no           | answer: moved or owner; no answer: an operator's `resolve`
+    moved       | no           | the machine comes back: owner
+    accepted    | no           | a QEMU source was told SHUT 0; its orderly close: owner; else `resolve`
+
+The epoch only grows, by one with each change of owner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from migrated.errors import CommandError, ConfigError
+from migrated.savevm.ports import RecordStore
+
+
+class Hold(StrEnum):
+    """What this host's record says about the machine."""
+
+    NONE = "none"
+    OWNER = "owner"
+    RELEASED = "released"
+    MOVED = "moved"
+    ACCEPTED = "accepted"
+
+
+#: Which record may follow which; the one place that knows.
+NEXT: Mapping[Hold, frozenset[Hold]] = {
+    Hold.NONE: frozenset({Hold.OWNER, Hold.ACCEPTED}),
+    Hold.OWNER: frozenset({Hold.RELEASED, Hold.MOVED}),
+    Hold.RELEASED: frozenset({Hold.MOVED, Hold.OWNER}),
+    Hold.MOVED: frozenset({Hold.OWNER, Hold.ACCEPTED}),
+    Hold.ACCEPTED: frozenset({Hold.OWNER, Hold.MOVED}),
+}
+
+#: (what is known, what to do next)
+ADVICE: Mapping[Hold, tuple[str, str]] = {
+    Hold.NONE: ("no machine has run here yet", "wait for a migration, or `cont` to start the machine on this host"),
+    Hold.OWNER: ("this host owns the machine", "nothing"),
+    Hold.RELEASED: (
+        "the outcome is unknown: the last byte went to {peer} and no answer came back; the machine may run there",
+        (
+            "ask the other host (`migratectl status` there); then `migratectl resolve --peer-is-running`, or, only when"
+            " it does not run there and never will, `migratectl resolve --peer-is-fenced`"
+        ),
+    ),
+    Hold.MOVED: ("the machine runs at {peer}", "migrate it back from there; its memory here is out of date"),
+    Hold.ACCEPTED: (
+        "the outcome is unknown: the machine is here complete, but {peer} did not confirm that it let go",
+        "ask the source; then `migratectl resolve --peer-is-fenced` to run it here, or `--peer-is-running`",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What is on disk."""
+
+    hold: Hold = Hold.NONE
+    epoch: int = 0
+    peer: str = ""
+    migration_id: str = ""
+
+
+class Ownership:
+    """The machine's record on this host, and the questions it answers."""
+
+    def __init__(self, store: RecordStore) -> None:
+        self._store = store
+        self.record = _parse(store.read())
+
+    @property
+    def may_run(self) -> bool:
+        """True when this host's record says that it owns the machine."""
+        return self.record.hold is Hold.OWNER
+
+    @property
+    def outcome_unknown(self) -> bool:
+        return self.record.hold in (Hold.RELEASED, Hold.ACCEPTED)
+
+    async def become(self, hold: Hold, *, peer: str = "", migration_id: str = "") -> None:
+        """Write a new record and return when it would survive a crash. Raises OSError when it cannot be written."""
+        now = self.record
+        if hold is now.hold and hold is Hold.OWNER:
+            return
+        if hold not in NEXT[now.hold]:
+            raise CommandError(f"the record says {now.hold.value}, it cannot become {hold.value}: {self.text()}")
+        new = replace(now, hold=hold, peer=peer, migration_id=migration_id)
+        if hold is Hold.OWNER and now.hold is not Hold.RELEASED:
+            new = replace(new, epoch=now.epoch + 1)
+        if hold is Hold.MOVED:
+            # A fact that is known stays known in this process even if it cannot be written; on disk `released` stays.
+            self.record = new
+        await self._store.write(asdict(new) | {"hold": new.hold.value})
+        self.record = new
+
+    def require_may_start(self) -> None:
+        """Raise CommandError, with the reason and the next step, where `cont` may not start the machine."""
+        if self.record.hold in (Hold.RELEASED, Hold.MOVED, Hold.ACCEPTED):
+            raise CommandError(f"{self.text()}. Next: {self.next_step()}")
+
+    def require_may_receive(self) -> None:
+        """Raise CommandError where an arriving machine would be a second owner's."""
+        if self.record.hold in (Hold.OWNER, Hold.RELEASED, Hold.ACCEPTED):
+            raise CommandError(f"this host cannot take a machine in: {self.text()}")
+
+    def text(self) -> str:
+        """Say in one sentence what is known."""
+        return ADVICE[self.record.hold][0].format(peer=self.record.peer or "the other host")
+
+    def next_step(self) -> str:
+        """Say what an operator may do."""
+        return ADVICE[self.record.hold][1]
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the answer to ``x-migrated-query-ownership``."""
+        return asdict(self.record) | {
+            "record": self.record.hold.value,
+            "hold": self.record.hold.value,
+            "text": self.text(),
+            "next-step": self.next_step(),
+        }
+
+
+def _parse(raw: Mapping[str, Any] | None) -> Record:
+    if raw is None:
+        return Record()
+    try:
+        return Record(Hold(raw["hold"]), int(raw["epoch"]), str(raw.get("peer", "")), str(raw.get("migration_id", "")))
+    except (KeyError, ValueError, TypeError) as error:
+        raise ConfigError(
+            "ownership record", "hold", f"cannot be understood ({error}); move it away only if you know who runs it"
+        ) from error

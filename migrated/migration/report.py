@@ -1,0 +1,106 @@
+"""What ``query-migrate`` answers, made from the progress of both directions.
+
+The rule of the file: QEMU's members under QEMU's conditions (which member is there in which status), own members with
+the prefix ``x-migrated-``. Nothing here changes anything.
+"""
+
+from __future__ import annotations
+
+from migrated.migration.incoming import IncomingMigration
+from migrated.migration.outgoing import OutgoingMigration
+from migrated.migration.ownership import Hold, Ownership
+from migrated.migration.progress import Progress
+from migrated.model.status import MigrationStatus
+
+#: Statuses that carry times and the ram object.
+_WITH_FIGURES = frozenset(
+    {
+        MigrationStatus.ACTIVE,
+        MigrationStatus.PRE_SWITCHOVER,
+        MigrationStatus.DEVICE,
+        MigrationStatus.POSTCOPY_ACTIVE,
+        MigrationStatus.POSTCOPY_PAUSED,
+        MigrationStatus.POSTCOPY_RECOVER,
+        MigrationStatus.CANCELLING,
+        MigrationStatus.COMPLETED,
+    }
+)
+_OUTCOME = {
+    Hold.NONE: "source-owns",
+    Hold.OWNER: "source-owns",
+    Hold.RELEASED: "unknown",
+    Hold.ACCEPTED: "unknown",
+    Hold.MOVED: "destination-owns",
+}
+
+
+def describe_outgoing(migration: OutgoingMigration, progress: Progress, downtime_limit_ms: int) -> dict[str, object]:
+    """Return the members of an outgoing migration."""
+    status = migration.status.value
+    answer: dict[str, object] = {"status": status.value}
+    if migration.error is not None:
+        answer["error-desc"] = str(migration.error)
+    if status in _WITH_FIGURES:
+        answer |= _figures(progress, status)
+        if status is MigrationStatus.COMPLETED:
+            answer["downtime"] = round(progress.ledger.total_ms)
+        else:
+            answer["expected-downtime"] = progress.expected_downtime_ms(downtime_limit_ms)
+    if progress.throttle_percent:
+        answer["cpu-throttle-percentage"] = progress.throttle_percent
+    answer |= _own_members(progress)
+    answer["x-migrated-migration-id"] = migration.migration_id
+    answer["x-migrated-peer"] = {"address": migration.peer, "kind": migration.kind.value}
+    answer["x-migrated-eta-ms"] = progress.eta_ms()
+    return answer
+
+
+def describe_incoming(migration: IncomingMigration, progress: Progress) -> dict[str, object]:
+    """Return the members of an incoming migration."""
+    status = migration.status.value
+    if status is MigrationStatus.NONE:
+        return {}
+    answer: dict[str, object] = {"status": status.value}
+    if migration.error is not None:
+        answer["error-desc"] = str(migration.error)
+    if status in _WITH_FIGURES:
+        answer |= _figures(progress, status)
+    answer["x-migrated-migration-id"] = migration.migration_id
+    answer["x-migrated-peer"] = {"address": migration.peer, "kind": migration.kind.value}
+    return answer
+
+
+def outcome(ownership: Ownership) -> str:
+    """Return who owns the machine after an outgoing migration, as far as this host knows."""
+    return _OUTCOME[ownership.record.hold]
+
+
+def _figures(progress: Progress, status: MigrationStatus) -> dict[str, object]:
+    ram = progress.stats.as_dict()
+    if status is MigrationStatus.COMPLETED:
+        ram |= {"remaining": 0, "dirty-pages-rate": 0}
+    ram["mbps"] = progress.meter.bandwidth_bps * 8 / 1e6
+    return {
+        "total-time": round(progress.elapsed_ms()),
+        "setup-time": round(progress.setup_ms or 0),
+        "ram": ram,
+    }
+
+
+def _own_members(progress: Progress) -> dict[str, object]:
+    answer: dict[str, object] = {
+        "x-migrated-dirty-rate-bps": round(progress.dirty_bps),
+        "x-migrated-bandwidth-bps": round(progress.meter.bandwidth_bps),
+        "x-migrated-passes": [
+            {"pass": p.number, "sent-bytes": p.sent_bytes, "dirtied-bytes": p.dirtied_bytes, "ms": round(p.ms, 3)}
+            for p in progress.passes
+        ],
+        "x-migrated-downtime": {name: round(ms, 3) for name, ms in progress.ledger.parts_ms().items()},
+    }
+    if progress.assessment is not None:
+        answer["x-migrated-convergence"] = {
+            "converging": progress.assessment.converging,
+            "text": progress.assessment.text,
+            "suggestions": list(progress.assessment.suggestions),
+        }
+    return answer

@@ -1,0 +1,178 @@
+"""The switchover of a precopy migration: from stopping the machine to the destination's answer.
+
+The rule of the file: up to the last byte the destination needs, every failure and every cancel leaves the source
+running as if nothing had happened; from the first byte of that last message on, only an answer decides, and without
+one the outcome is unknown.
+
+    stop -> [pause for the operator] -> END sections -> FULL sections -> record "released" -> EOF, VMDESCRIPTION
+         -> answer: SHUT 0 = moved | the peer refused = resume | nothing = unknown
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+
+from migrated.errors import ChannelError, MigrationCancelled, OutcomeUnknown, PeerRefused, ProtocolError
+from migrated.migration.host import Host, insist, resume_machine
+from migrated.migration.ownership import Hold
+from migrated.migration.progress import Progress
+from migrated.migration.return_path import PeerKind, ReturnPathReader
+from migrated.model.runstate import RunState
+from migrated.model.status import MigrationStatus, StatusCell
+from migrated.stream.outgoing import OutgoingStream
+from migrated.transport.channel import Channel
+from migrated.wire.command import Command, ping_payload
+
+
+class Switchover:
+    """One attempt to hand the machine over; owns the point of no return."""
+
+    def __init__(self, host: Host, progress: Progress, status: StatusCell, migration_id: str) -> None:
+        self._host = host
+        self._progress = progress
+        self._status = status
+        self._migration_id = migration_id
+        self._proceed = asyncio.Event()
+        self._on_commit: Callable[[], None] = lambda: None
+        self.committed = False
+        """From here on nothing is cancelled any more."""
+        self.handed_over = False
+        """The first byte of the last message may have left."""
+
+    def proceed(self) -> None:
+        """Go on after pause-before-switchover."""
+        self._proceed.set()
+
+    async def run(
+        self,
+        f: OutgoingStream,
+        channel: Channel,
+        return_path: ReturnPathReader | None,
+        kind: PeerKind,
+        on_commit: Callable[[], None],
+    ) -> None:
+        """Hand the machine over, or raise with the machine as it was before (unless OutcomeUnknown is raised)."""
+        host = self._host
+        self._on_commit = on_commit
+        async with host.lock:
+            previous = host.machine.run_state
+            try:
+                await self._stop_and_send(f, previous)
+                await self._release(f, channel.peer)
+            except BaseException:  # CancelledError too: a cancelled switchover gives the machine back first
+                if not self.handed_over:
+                    await insist(lambda: self._take_back(previous))
+                raise
+        try:
+            await self._answer(channel, return_path, kind)
+        except PeerRefused:
+            async with host.lock:
+                await insist(lambda: self._take_back(previous))
+            raise
+        await self._moved(channel.peer)
+
+    async def _stop_and_send(self, f: OutgoingStream, previous: RunState) -> None:
+        host, ledger, clock = self._host, self._progress.ledger, self._host.clock
+        ledger.begin(clock())
+        host.global_state.store(previous)
+        await host.machine.stop(RunState.FINISH_MIGRATE)
+        ledger.mark("stop", clock())
+        if host.settings.enabled("pause-before-switchover"):
+            await self._wait_for_operator(f)
+            ledger.mark("operator", clock())
+        self._progress.meter.set_limit(0)
+        await host.registry.save_live_complete_precopy(f)
+        ledger.mark("ram", clock())
+        await host.registry.save_state(f)
+        ledger.mark("devices", clock())
+
+    async def _wait_for_operator(self, f: OutgoingStream) -> None:
+        self._status.advance(MigrationStatus.PRE_SWITCHOVER)
+        async with self._host.lock.released():
+            beat_s = self._host.settings.silence_timeout_s()
+            while not self._proceed.is_set():
+                # The peer must not take an operator who thinks for a dead source.
+                f.put_command(Command.PING, ping_payload(0))
+                await f.drain()
+                try:
+                    async with asyncio.timeout(beat_s):
+                        await self._proceed.wait()
+                except TimeoutError:
+                    continue
+        if not self._status.advance(MigrationStatus.DEVICE, expected={MigrationStatus.PRE_SWITCHOVER}):
+            raise MigrationCancelled("cancelled before switchover")
+
+    async def _release(self, f: OutgoingStream, peer: str) -> None:
+        self.committed = True
+        self._on_commit()
+        await self._host.ownership.become(Hold.RELEASED, peer=peer, migration_id=self._migration_id)
+        self._progress.ledger.mark("record", self._host.clock())
+        f.put_end_of_stream(describe(f))
+        self.handed_over = True
+        try:
+            await f.drain()
+        except ChannelError as error:
+            raise self._unknown(error) from error
+
+    async def _answer(self, channel: Channel, return_path: ReturnPathReader | None, kind: PeerKind) -> None:
+        if return_path is None:
+            await self._close_one_way(channel, kind)
+            return
+        timeout_s = self._host.settings.seconds("x-migrated-answer-timeout")
+        try:
+            async with asyncio.timeout(timeout_s):
+                shut = await asyncio.shield(return_path.answer)
+        except TimeoutError as error:
+            raise self._unknown(f"no answer within {timeout_s:g} s") from error
+        except (ChannelError, ProtocolError) as error:
+            raise self._unknown(error) from error
+        if shut == 0:
+            return
+        if kind is PeerKind.MIGRATED:
+            raise return_path.refusal() or PeerRefused("the destination did not start the machine")
+        # A QEMU says SHUT 1 also when it started but its description was cut short.
+        raise self._unknown(f"the destination answered SHUT {shut}")
+
+    async def _close_one_way(self, channel: Channel, kind: PeerKind) -> None:
+        try:
+            await channel.close()
+        except (ChannelError, OSError) as error:
+            if kind is PeerKind.FILE:
+                # Nobody runs from a file by itself: an incomplete one is an ordinary failure.
+                raise PeerRefused(f"the file could not be completed: {error}") from error
+            raise self._unknown(error) from error
+
+    async def _moved(self, peer: str) -> None:
+        host = self._host
+        self._progress.ledger.mark("answer", host.clock())
+        self._progress.ledger.end(host.clock())
+        async with host.lock:
+            host.machine.set_run_state(RunState.POSTMIGRATE)
+            await host.ownership.become(Hold.MOVED, peer=peer, migration_id=self._migration_id)
+            await host.machine.moved(peer)
+
+    async def _take_back(self, previous: RunState) -> None:
+        host = self._host
+        self.committed = False
+        if host.ownership.record.hold is Hold.RELEASED:
+            await host.ownership.become(Hold.OWNER)
+        await resume_machine(host, previous)
+
+    def _unknown(self, why: object) -> OutcomeUnknown:
+        return OutcomeUnknown(f"{why}; {self._host.ownership.text()}. Next: {self._host.ownership.next_step()}")
+
+
+def describe(f: OutgoingStream) -> str:
+    """Return the VMDESCRIPTION of what was written: every FULL section as one buffer."""
+    devices = [
+        {
+            "name": section.idstr,
+            "instance_id": section.instance_id,
+            "size": section.body_bytes,
+            "fields": [{"name": "data", "size": section.body_bytes, "type": "buffer"}],
+        }
+        for section in f.full_sections
+    ]
+    return json.dumps({"page_size": 4096, "devices": devices})

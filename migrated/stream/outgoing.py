@@ -1,0 +1,149 @@
+"""The outgoing stream: codec x channel, the ``f`` of the save hooks.
+
+The rule of the file: ``put_*`` only fills a bounded buffer and never waits; `drain` and `send` are where the network
+may hold the caller up. Numbers are big-endian, as everywhere on this wire.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from migrated.errors import LocalProtocolError
+from migrated.model.stats import BandwidthMeter
+from migrated.transport.channel import Channel
+from migrated.wire.command import Command, encode_command
+from migrated.wire.primitives import encode_counted_string
+from migrated.wire.section import (
+    EOF_BYTE,
+    Configuration,
+    SectionHeader,
+    SectionType,
+    encode_configuration,
+    encode_footer,
+    encode_section_header,
+    encode_stream_header,
+    encode_vmdescription,
+)
+
+Buffer = bytes | bytearray | memoryview
+
+#: A handler that puts more than this between two drains has a bug; device states beyond it use `send`.
+BUFFER_MAX_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenSection:
+    """A FULL section as it went out, for the VMDESCRIPTION."""
+
+    idstr: str
+    instance_id: int
+    body_bytes: int
+
+
+class OutgoingStream:
+    """Buffered, rate-accounted writer of one migration stream."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        meter: BandwidthMeter,
+        *,
+        on_sent: Callable[[int], None] = lambda count: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._channel = channel
+        self._meter = meter
+        self._on_sent = on_sent
+        self._clock = clock
+        self._buffer = bytearray()
+        self._flushed = 0
+        self._open: SectionHeader | None = None
+        self._body_start = 0
+        self.full_sections: list[WrittenSection] = []
+
+    @property
+    def position(self) -> int:
+        """Bytes put so far, sent or not."""
+        return self._flushed + len(self._buffer)
+
+    # -- the contract's puts -----------------------------------------------------------------------------------
+
+    def put_be8(self, value: int) -> None:
+        self.put_buffer(struct.pack(">B", value))
+
+    def put_be16(self, value: int) -> None:
+        self.put_buffer(struct.pack(">H", value))
+
+    def put_be32(self, value: int) -> None:
+        self.put_buffer(struct.pack(">I", value))
+
+    def put_be64(self, value: int) -> None:
+        self.put_buffer(struct.pack(">Q", value))
+
+    def put_buffer(self, data: Buffer) -> None:
+        """Append bytes to the buffer. Large handlers call ``await f.drain()`` every now and then."""
+        self._buffer += data
+        if len(self._buffer) > BUFFER_MAX_BYTES:
+            raise LocalProtocolError(f"more than {BUFFER_MAX_BYTES} bytes put without a drain()")
+
+    def put_counted_string(self, text: str) -> None:
+        self.put_buffer(encode_counted_string(text))
+
+    def rate_limit_exceeded(self) -> bool:
+        """True when this 100 ms window's budget is used up: stop iterating and return."""
+        return self._meter.exceeded(self._clock())
+
+    async def drain(self) -> None:
+        """Send everything put so far."""
+        if self._buffer:
+            data, self._buffer = self._buffer, bytearray()
+            await self._send(data)
+
+    async def send(self, data: Buffer) -> None:
+        """Send what was put, then ``data`` as it lies, uncopied; it may be reused when this returns."""
+        await self.drain()
+        await self._send(data)
+
+    async def _send(self, data: Buffer) -> None:
+        view = memoryview(data).cast("B")
+        self._flushed += len(view)
+        self._meter.account(len(view))
+        self._on_sent(len(view))
+        await self._channel.send(view)
+
+    # -- elements ----------------------------------------------------------------------------------------------
+
+    def put_preamble(self, configuration: Configuration) -> None:
+        """Put the stream header and the configuration section."""
+        self.put_buffer(encode_stream_header())
+        self.put_buffer(encode_configuration(configuration))
+
+    def put_command(self, command: Command, payload: bytes = b"") -> None:
+        self.put_buffer(encode_command(command, payload))
+
+    def begin_section(self, header: SectionHeader) -> None:
+        """Put a section header; only one section is open at a time."""
+        if self._open is not None:
+            raise LocalProtocolError(f"section {header.idstr} begins inside section {self._open.idstr}")
+        self.put_buffer(encode_section_header(header))
+        self._open = header
+        self._body_start = self.position
+
+    def end_section(self, section_id: int) -> None:
+        """Put the footer of the open section."""
+        header = self._open
+        if header is None or header.section_id != section_id:
+            raise LocalProtocolError(f"section {section_id} ends without being open")
+        if header.kind is SectionType.FULL:
+            body = self.position - self._body_start
+            self.full_sections.append(WrittenSection(header.idstr, header.instance_id, body))
+        self.put_buffer(encode_footer(section_id))
+        self._open = None
+
+    def put_end_of_stream(self, description: str) -> None:
+        """Put EOF and the VMDESCRIPTION: the last bytes the destination needs."""
+        self.put_buffer(bytes([EOF_BYTE]) if isinstance(EOF_BYTE, int) else EOF_BYTE)
+        self.put_buffer(encode_vmdescription(description))

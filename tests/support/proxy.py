@@ -1,0 +1,140 @@
+"""A TCP proxy between two daemons that breaks links on purpose (there is no netem in this kernel).
+
+Runs in a thread of its own, on loopback. Forward is source to destination. Every fault is an explicit call, or a byte
+count at which it happens; nothing here depends on time.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import struct
+import threading
+from dataclasses import dataclass, field
+from typing import Self
+
+CHUNK = 1 << 16
+
+
+@dataclass
+class Direction:
+    """One direction of the link."""
+
+    passed: int = 0
+    limit: int | None = None
+    """Pass this many bytes, then do what `at_limit` says."""
+    at_limit: str = "cut"
+    """cut (RST both ways) | stall (pass nothing more) | swallow (read on, deliver nothing)"""
+    flip_at: int | None = None
+    """Flip a bit of the byte at this offset."""
+    hit: threading.Event = field(default_factory=threading.Event)
+
+
+class Proxy:
+    """Accepts any number of connections, one at a time, and passes them on to ``target``."""
+
+    def __init__(self, target: tuple[str, int]) -> None:
+        self._target = target
+        self.forward = Direction()
+        self.backward = Direction()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._wake_r, self._wake_w = socket.socketpair()
+        self._cut = threading.Event()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    @property
+    def uri(self) -> str:
+        return f"tcp:127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def cut(self) -> None:
+        """Reset the present connection in both directions."""
+        self._cut.set()
+        self._wake_w.send(b"x")
+
+    def close(self) -> None:
+        self._closing.set()
+        self.cut()
+        self._thread.join()
+        for sock in (self._listener, self._wake_r, self._wake_w):
+            sock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            readable, _, _ = select.select([self._listener, self._wake_r], [], [])
+            if self._wake_r in readable:
+                self._wake_r.recv(4096)
+                self._cut.clear()
+                continue
+            client, _ = self._listener.accept()
+            try:
+                server = socket.create_connection(self._target)
+            except OSError:
+                _reset(client)
+                continue
+            self._pump(client, server)
+
+    def _pump(self, client: socket.socket, server: socket.socket) -> None:
+        ways = {client: (server, self.forward), server: (client, self.backward)}
+        while ways:
+            readable, _, _ = select.select([*ways, self._wake_r], [], [])
+            if self._wake_r in readable:
+                self._wake_r.recv(4096)
+            if self._cut.is_set():
+                self._cut.clear()
+                break
+            for sock in readable:
+                if sock is self._wake_r:
+                    continue
+                to, way = ways[sock]
+                verdict = self._pass(sock, to, way)
+                if verdict == "cut":
+                    _reset(client)
+                    _reset(server)
+                    return
+                if verdict in ("end", "stall"):
+                    del ways[sock]
+        _reset(client) if ways else client.close()
+        _reset(server) if ways else server.close()
+
+    def _pass(self, sock: socket.socket, to: socket.socket, way: Direction) -> str:
+        room = CHUNK if way.limit is None or way.at_limit == "swallow" else min(CHUNK, way.limit - way.passed)
+        try:
+            data = sock.recv(room) if room else b""
+        except OSError:
+            return "cut"
+        if room and not data:
+            try:
+                to.shutdown(socket.SHUT_WR)
+            except OSError:
+                return "cut"
+            return "end"
+        if way.flip_at is not None and way.passed <= way.flip_at < way.passed + len(data):
+            changed = bytearray(data)
+            changed[way.flip_at - way.passed] ^= 0x10
+            data = bytes(changed)
+        start, way.passed = way.passed, way.passed + len(data)
+        if way.limit is not None and way.passed >= way.limit:
+            way.hit.set()
+            if way.at_limit == "swallow":
+                data = data[: max(0, way.limit - start)]
+        try:
+            to.sendall(data)
+        except OSError:
+            return "cut"
+        if way.limit is not None and way.passed >= way.limit and way.at_limit != "swallow":
+            return way.at_limit
+        return "go"
+
+
+def _reset(sock: socket.socket) -> None:
+    """Close with RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
