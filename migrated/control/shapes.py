@@ -280,6 +280,14 @@ class MigrationPassEvent(Shape, frozen=True):
     pass_: int = msgspec.field(name="pass")
 
 
+class ShutdownCause(StrEnum):
+    """QEMU's causes, as far as they can happen to a daemon."""
+
+    HOST_ERROR = "host-error"
+    HOST_QMP_QUIT = "host-qmp-quit"
+    HOST_SIGNAL = "host-signal"
+
+
 class ShutdownEvent(Shape, frozen=True):
     guest: bool
-    reason: str
+    reason: ShutdownCause
