@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from migrated.errors import KernelError
 from migrated.kernel.memory import PAGE_SIZE
 
-# size, flags, start, end, walk_end(out), vec, vec_len, max_pages, category_inverted, _mask, _anyof_mask, return_mask
+# struct pm_scan_arg: size flags start end walk_end(out) vec vec_len max_pages, then the categories inverted, mask,
+# anyof_mask and return_mask.
 _PM_SCAN_ARG = struct.Struct("=12Q")
 _WALK_END = struct.Struct("=Q")
 _WALK_END_OFFSET = 4 * 8

@@ -1,14 +1,15 @@
 """The attach socket: who may attach, and the conversation with each workload.
 
 The rule of the file: nothing a workload says is believed before it is checked; what cannot be met is answered with
-what was expected and found (`error`), what breaks the protocol ends the connection (`refused`). A connection handles one
-message at a time and answers it before it reads the next, so a workload can make this daemon hold no more than one
+what was expected and found (`error`), what breaks the protocol ends the connection (`refused`). A connection handles
+one message at a time and answers it before it reads the next, so a workload can make this daemon hold no more than one
 message and the limits of `machine.declarations`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import grp
 import os
 import socket
@@ -31,7 +32,7 @@ from migrated.wire import attach
 HELLO_TIMEOUT_S = 5.0
 #: Five descriptors each (socket, pidfd, pagemap, two userfaultfds); RLIMIT_NOFILE is 1024 by default.
 MAX_WORKLOADS = 64
-#: A process that dies closes its socket a moment before its pidfd says so.
+#: How long to wait for news of a process whose connection ended.
 EXIT_GRACE_S = 0.1
 
 #: How many descriptors come with a message; all others carry none.
@@ -140,28 +141,36 @@ class Session:
     async def run(self) -> None:
         """Talk until the workload leaves; then the machine knows that it did, and why."""
         why = "the daemon let it go"
-        try:
-            async with asyncio.TaskGroup() as group:
-                try:
-                    await self._send(_welcome(self._machine, self._workload))
-                    group.create_task(self._settle())
-                    why = await self._converse(group)
-                finally:
-                    # Fails what is still asked of it, so that the group's tasks end.
-                    self._machine.detach(self._workload, self._workload.why_gone or why)
-        except* ChannelError:
-            self._log.debug("workload_connection_lost")
+        exit_ = Readiness(self._workload.pidfd)
+        async with asyncio.TaskGroup() as group:
+            try:
+                watcher = group.create_task(self._watch_process(exit_))
+                await self._send(_welcome(self._machine, self._workload))
+                group.create_task(self._settle())
+                why = await self._converse(group)
+                # A process that dies closes its socket a moment before its pidfd says so.
+                await asyncio.wait([watcher], timeout=EXIT_GRACE_S)
+            finally:
+                exit_.close()
+                # Fails what is still asked of it, so that the group's tasks end.
+                self._machine.detach(self._workload, self._workload.why_gone or why)
+
+    async def _watch_process(self, exit_: Readiness) -> None:
+        """Notice the end of the process also where a child that it forked still holds the socket."""
+        with contextlib.suppress(ConnectionAbortedError):
+            await exit_.readable()
+            self._workload.disconnect("its process exited")
 
     async def _converse(self, group: asyncio.TaskGroup) -> str:
         while True:
             try:
                 packet, fds = await self._connection.receive(attach.MAX_MESSAGE_BYTES)
             except ChannelError as error:
-                return await self._why_closed(f"its attach connection broke: {error}")
+                return f"its attach connection broke: {error}"
             except RemoteProtocolError as error:
                 return await self._break_off(error)
             if not packet:
-                return await self._why_closed("it closed its attach connection")
+                return "it closed its attach connection"
             try:
                 message = attach.parse_from_workload(packet)
                 _check_carried(message, fds)
@@ -237,17 +246,6 @@ class Session:
         except ChannelError as error:
             self._workload.disconnect(f"its attach connection broke: {error}")
 
-    async def _why_closed(self, otherwise: str) -> str:
-        """Return whether its process ended, or else ``otherwise``."""
-        exited = Readiness(self._workload.pidfd)
-        try:
-            await exited.readable(EXIT_GRACE_S)
-        except TimeoutError:
-            return otherwise
-        finally:
-            exited.close()
-        return "its process exited"
-
     async def _break_off(self, error: MigratedError) -> str:
         await send_refusal(self._connection, str(error), again=False)
         return f"it broke the attach protocol: {error}"
@@ -278,9 +276,10 @@ def _named_descriptors(hello: attach.Hello, fds: Sequence[int]) -> tuple[int, in
     known = [name for name in attach.HELLO_FDS if name in hello.fds]
     if list(hello.fds) != known:
         raise RemoteProtocolError(
-            "attach message 'hello', field 'fds'", expected="some of " + ", ".join(attach.HELLO_FDS) + ", in this order",
+            "attach message 'hello', field 'fds'",
+            expected="some of " + ", ".join(attach.HELLO_FDS) + ", in this order",
             found=", ".join(hello.fds),
-        )  # fmt: skip
+        )
     if len(fds) != len(hello.fds):
         raise RemoteProtocolError("descriptors of 'hello'", expected=str(len(hello.fds)), found=str(len(fds)))
     given = dict(zip(hello.fds, fds, strict=True))

@@ -1,8 +1,8 @@
 """The machine: its run state, its attached workloads, and what they declared.
 
 The rule of the file: `run_state` says what the daemon wants, a workload's ``running`` says what it does; the two are
-brought together by `stop` and `cont` (under the iothread lock, with one deadline for all workloads), and by `settle` for
-a workload that attaches meanwhile (which needs no lock). Nothing but a `cont` ever sets a stopped workload going.
+brought together by `stop` and `cont` (under the iothread lock, with one deadline for all workloads), and by `settle`
+for a workload that attaches meanwhile (which needs no lock). Nothing but a `cont` ever sets a stopped workload going.
 """
 
 from __future__ import annotations

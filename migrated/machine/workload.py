@@ -92,7 +92,8 @@ class Workload:
         try:
             process.send_signal(self.pidfd, signal.SIGSTOP)
             async with asyncio.timeout(timeout_s):
-                while not process.all_tasks_stopped(self.pid):
+                # The kernel has no event for "all threads of somebody else's process are stopped".
+                while not process.all_tasks_stopped(self.pid):  # noqa: ASYNC110
                     await asyncio.sleep(STOPPED_POLL_S)
         except KernelError as error:
             raise WorkloadError(self.name, f"it cannot be stopped by signal: {error}") from error
@@ -162,9 +163,13 @@ class Workload:
         await self._send(attach.Throttle(percent))
 
     async def moved(self, peer: str) -> None:
-        """Say that the machine runs elsewhere. A frozen process cannot object to being overwritten."""
+        """Say that the machine runs elsewhere.
+
+        A frozen process is not told: it cannot object to being overwritten, and when it goes on, the machine is back.
+        """
         self.replaceable = self.signalled
-        await self._send(attach.Moved(attach.cut_text(peer)))
+        if not self.signalled:
+            await self._send(attach.Moved(attach.cut_name(peer)))
 
     # -- questions and answers ---------------------------------------------------------------------------------
 

@@ -174,7 +174,7 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """You may not attach, or you broke the protocol; the connection ends here. ``again`` false: trying again is futile."""
+    """You may not attach, or you broke the protocol; the connection ends here. ``again``: a later try may succeed."""
 
     error: str = _error()
     again: bool = _field(Flag(), True)
