@@ -1,0 +1,264 @@
+"""`migratectl`: the operator's tool.
+
+The rule of the file: a command is a few calls of the QMP client and one call of `Output`; nothing is decided here that
+a script talking QMP could not decide as well. Only this module knows typer; rich and the demo are imported when they
+are needed, so that a command in a script costs little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Annotated, Any
+
+import typer
+
+from migrated.cli.display import choose_display
+from migrated.cli.exit_code import ExitCode
+from migrated.cli.output import Output
+from migrated.cli.progress import progress_line, read_progress
+from migrated.cli.report import format_address, report_lines, report_object, status_lines
+from migrated.cli.settings import format_value, parse_switches, parse_values
+from migrated.cli.watch import counted_interrupts, wait_for_end
+from migrated.control.client import QmpClient
+from migrated.errors import ChannelError, CommandError, MigratedError
+
+app = typer.Typer(
+    name="migratectl",
+    help="Move running machines between hosts.\n\nExit codes: 0 done, 2 usage, 3 refused, 4 failed and the source still"
+    " owns the machine, 5 failed and the destination owns it, 6 ownership unknown, 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What stands before the command."""
+
+    socket: str
+    as_json: bool
+
+
+@app.callback()
+def options(
+    ctx: typer.Context,
+    machine: Annotated[str, typer.Option(help="Name of the machine; its socket is /run/migrated/NAME/qmp.sock.")] = (
+        "migrated"
+    ),
+    socket: Annotated[str | None, typer.Option(help="Path of the daemon's control socket.")] = None,
+    as_json: Json = False,
+) -> None:
+    ctx.obj = Options(socket or f"/run/migrated/{machine}/qmp.sock", as_json)
+
+
+@contextmanager
+def daemon(ctx: typer.Context, as_json: bool) -> Iterator[tuple[QmpClient, Output]]:
+    """Connect; whatever the daemon refuses, and a daemon that cannot be reached, ends the program with 3."""
+    output = Output(as_json or ctx.obj.as_json)
+    try:
+        with QmpClient(ctx.obj.socket) as client:
+            yield client, output
+    except (CommandError, ChannelError) as error:
+        output.refusal(error)
+        raise typer.Exit(ExitCode.REFUSED) from error
+    except ValueError as error:  # a word on the command line that cannot be understood
+        raise typer.BadParameter(str(error)) from error
+
+
+@app.command()
+def status(ctx: typer.Context, as_json: Json = False) -> None:
+    """Show the machine, who owns it, and the migration."""
+    with daemon(ctx, as_json) as (client, output):
+        state = client.execute("query-status")
+        machine = _if_known(client, "x-migrated-query-machine") or client.execute("query-name")
+        ownership = _if_known(client, "x-migrated-query-ownership")
+        info = client.execute("query-migrate")
+        members = {"status": state, "machine": machine, "ownership": ownership, "migration": info}
+        output.result(members, status_lines(state, machine, ownership, info))
+
+
+@app.command()
+def migrate(
+    ctx: typer.Context,
+    uri: Annotated[str, typer.Argument(help="tcp:HOST:PORT, unix:PATH, exec:COMMAND, fd:NAME or file:PATH")],
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return as soon as it has begun.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Move the machine away; wait for the end and report. Ctrl-C cancels, a second one leaves it running."""
+    with daemon(ctx, as_json) as (client, output), counted_interrupts() as interrupts:
+        client.execute("migrate", {"uri": uri})
+        if detach:
+            output.result({"status": "setup"}, ["Migration started; 'migratectl status' shows how it goes"])
+            return
+        try:
+            with choose_display(output.as_json) as display:
+                code, info = wait_for_end(client, display, interrupts)
+        except ChannelError as error:
+            output.refusal(MigratedError(f"{error}: how the migration ended is unknown, ask 'migratectl status'"))
+            raise typer.Exit(ExitCode.OWNERSHIP_UNKNOWN) from error
+        if code is ExitCode.INTERRUPTED:
+            output.result(info, ["The migration goes on; 'migratectl status' shows how"])
+        else:
+            advice = _if_known(client, "x-migrated-query-ownership").get("next-step") if code else None
+            lines = report_lines(info, code) + ([f"  next step    {advice}"] if advice else [])
+            output.result(report_object(info, code), lines)
+        raise typer.Exit(code)
+
+
+@app.command()
+def incoming(ctx: typer.Context, uri: str, as_json: Json = False) -> None:
+    """Wait for a machine at URI."""
+    with daemon(ctx, as_json) as (client, output):
+        client.execute("migrate-incoming", {"uri": uri})
+        addresses = client.execute("query-migrate").get("socket-address", [])
+        output.result({"socket-address": addresses}, [f"Waiting at {format_address(one)}" for one in addresses])
+
+
+@app.command()
+def cancel(ctx: typer.Context, as_json: Json = False) -> None:
+    """Cancel the migration; the machine goes on here."""
+    with daemon(ctx, as_json) as (client, output):
+        client.execute("migrate_cancel")
+        info = client.execute("query-migrate")
+        output.result(info, [progress_line(read_progress(info))])
+
+
+@app.command("continue")
+def proceed(ctx: typer.Context, as_json: Json = False) -> None:
+    """Go on after the pause before the switchover."""
+    _run(ctx, as_json, "migrate-continue", {"state": "pre-switchover"})
+
+
+@app.command()
+def capabilities(
+    ctx: typer.Context,
+    changes: Annotated[list[str] | None, typer.Argument(metavar="[NAME=on|off]...")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the capabilities, or switch some, all or none."""
+    with daemon(ctx, as_json) as (client, output):
+        if switches := parse_switches(changes or ()):
+            rows = [{"capability": name, "state": state} for name, state in switches.items()]
+            client.execute("migrate-set-capabilities", {"capabilities": rows})
+        current = {row["capability"]: row["state"] for row in client.execute("query-migrate-capabilities")}
+        output.result(current, _settings(current, switches))
+
+
+@app.command()
+def parameters(
+    ctx: typer.Context,
+    changes: Annotated[list[str] | None, typer.Argument(metavar="[NAME=VALUE]...")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the parameters, or set some, all or none. Sizes may end in K, M, G."""
+    with daemon(ctx, as_json) as (client, output):
+        current = client.execute("query-migrate-parameters")
+        if values := parse_values(changes or (), current):
+            client.execute("migrate-set-parameters", values)
+            current = client.execute("query-migrate-parameters")
+        output.result(current, _settings(current, values))
+
+
+@app.command()
+def stop(ctx: typer.Context, as_json: Json = False) -> None:
+    """Stop the machine."""
+    _run(ctx, as_json, "stop")
+
+
+@app.command()
+def cont(ctx: typer.Context, as_json: Json = False) -> None:
+    """Let the machine go on, if this host owns it."""
+    _run(ctx, as_json, "cont")
+
+
+@app.command()
+def release(ctx: typer.Context, as_json: Json = False) -> None:
+    """Let go of the memory of a machine that has moved away."""
+    _run(ctx, as_json, "x-migrated-release")
+
+
+@app.command()
+def resolve(
+    ctx: typer.Context,
+    peer_is_fenced: Annotated[
+        bool, typer.Option("--peer-is-fenced", help="I made sure that the other host cannot run the machine.")
+    ] = False,
+    peer_is_running: Annotated[
+        bool, typer.Option("--peer-is-running", help="I have seen that the machine runs at the other host.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Settle an unknown outcome by your word. A wrong word means two running copies, or a lost machine."""
+    if peer_is_fenced == peer_is_running:
+        raise typer.BadParameter("say exactly one of --peer-is-fenced and --peer-is-running")
+    arguments = {"peer-is-fenced": peer_is_fenced, "peer-is-running": peer_is_running}
+    _run(ctx, as_json, "x-migrated-resolve", arguments)
+
+
+@app.command()
+def events(ctx: typer.Context, as_json: Json = False) -> None:
+    """Print events as they come, until Ctrl-C or the end of the daemon."""
+    with daemon(ctx, as_json) as (client, output):
+        try:
+            while event := client.next_event():
+                output.result(event, [_event_line(event)])
+                if event["event"] == "SHUTDOWN":
+                    return
+        except KeyboardInterrupt:
+            return
+
+
+@app.command()
+def demo(
+    ctx: typer.Context,
+    ram_mib: Annotated[int, typer.Option(min=1, help="Size of the demo machine's memory.")] = 256,
+    as_json: Json = False,
+) -> None:
+    """Move a process that never stops writing between two daemons on this host, and back, and check its memory."""
+    from migrated.demo.app import main as run_demo
+
+    raise typer.Exit(run_demo(ram_mib=ram_mib, as_json=as_json or ctx.obj.as_json))
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="migratectl")
+
+
+def _run(ctx: typer.Context, as_json: bool, command: str, arguments: Mapping[str, object] | None = None) -> None:
+    """Run a command that has nothing to tell but that it was done."""
+    with daemon(ctx, as_json) as (client, output):
+        output.result(client.execute(command, arguments))
+
+
+def _if_known(client: QmpClient, command: str) -> dict[str, Any]:
+    """Run one of our own queries; empty where the socket is a QEMU's."""
+    try:
+        answer: dict[str, Any] = client.execute(command)
+    except CommandError as error:
+        if error.qmp_class != "CommandNotFound":
+            raise
+        return {}
+    return answer
+
+
+def _settings(current: dict[str, object], changed: dict[str, Any]) -> list[str]:
+    names = changed or current
+    return [f"{name}={format_value(current.get(name))}" for name in names]
+
+
+def _event_line(event: dict[str, Any]) -> str:
+    stamp = event["timestamp"]
+    at = datetime.fromtimestamp(stamp["seconds"]).astimezone().strftime("%H:%M:%S")
+    members = " ".join(f"{name}={format_value(value)}" for name, value in event.get("data", {}).items())
+    return f"{at}.{stamp['microseconds'] // 1000:03d} {event['event']} {members}".rstrip()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""What is said when there is nothing more to wait for: the end of a migration, and the state of a machine.
+
+The rule of the file: pure functions from QMP answers to lines of text, or to the object that ``--json`` prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from migrated.cli.exit_code import ExitCode
+from migrated.cli.progress import describe_convergence, progress_line, read_progress
+from migrated.cli.units import format_bytes, format_ms, format_rate
+
+_VERDICTS = {
+    ExitCode.DONE: "Migration completed",
+    ExitCode.FAILED_SOURCE_OWNS: "Migration {status}; this host still owns the machine",
+    ExitCode.FAILED_DESTINATION_OWNS: "Migration {status}; the destination owns the machine",
+    ExitCode.OWNERSHIP_UNKNOWN: "Migration {status}; it is unknown which host owns the machine",
+}
+
+
+def report_object(info: Mapping[str, Any], code: ExitCode) -> dict[str, Any]:
+    """The end of a migration for programs; times in ms, sizes in bytes, members missing where they are unknown."""
+    ram: Mapping[str, Any] = info.get("ram", {})
+    members: dict[str, Any] = {
+        "status": info.get("status"),
+        "exit-code": int(code),
+        "outcome": _outcome(info, code),
+        "error": info.get("error-desc"),
+        "peer": info.get("x-migrated-peer"),
+        "total-time": info.get("total-time"),
+        "setup-time": info.get("setup-time"),
+        "downtime": info.get("downtime"),
+        "downtime-split": info.get("x-migrated-downtime") or None,
+        "passes": info.get("x-migrated-passes"),
+        "transferred": ram.get("transferred"),
+        "ram": ram.get("total"),
+        "throughput": throughput_bps(info),
+        "convergence": info.get("x-migrated-convergence"),
+    }
+    return {name: value for name, value in members.items() if value is not None}
+
+
+def report_lines(info: Mapping[str, Any], code: ExitCode) -> list[str]:
+    """The end of a migration for people."""
+    lines = [_VERDICTS[code].format(status=info.get("status"))]
+    if peer := info.get("x-migrated-peer", {}).get("address"):
+        lines[0] += f" (peer {peer})"
+    if error := info.get("error-desc"):
+        lines.append(_row("reason", error))
+    if "total-time" in info:
+        lines.append(_row("total time", format_ms(info["total-time"])))
+    if "downtime" in info:
+        lines.append(_row("downtime", _downtime(info)))
+    if passes := info.get("x-migrated-passes"):
+        lines.append(_row("passes", _passes(passes)))
+    if (ram := info.get("ram")) and ram.get("total"):
+        lines.append(_row("transferred", f"{format_bytes(ram['transferred'])} for {format_bytes(ram['total'])} of RAM"))
+    if (rate := throughput_bps(info)) is not None:
+        lines.append(_row("throughput", format_rate(rate)))
+    convergence = info.get("x-migrated-convergence", {})
+    if code is not ExitCode.DONE and not convergence.get("converging", True):
+        lines.append(_row("convergence", describe_convergence(convergence)))
+    return lines
+
+
+def throughput_bps(info: Mapping[str, Any]) -> int | None:
+    """Bytes sent per second over the whole migration, setup excluded; None where it cannot be told."""
+    duration_ms = info.get("total-time", 0) - info.get("setup-time", 0)
+    sent_bytes = int(info.get("ram", {}).get("transferred", 0))
+    return sent_bytes * 1000 // duration_ms if duration_ms > 0 and sent_bytes else None
+
+
+def status_lines(
+    status: Mapping[str, Any], machine: Mapping[str, Any], ownership: Mapping[str, Any], info: Mapping[str, Any]
+) -> list[str]:
+    """A machine's state for people; ``machine`` and ``ownership`` are empty where the socket is a QEMU's."""
+    lines = [_row("machine", f"{machine.get('name') or '(unnamed)'}, {status.get('status')}")]
+    lines += [
+        _row("block", f"{block['name']}, {format_bytes(block['size'])}, {_by(block['workloads'])}")
+        for block in machine.get("blocks", ())
+    ]
+    lines += [
+        _row("device", f"{device['id']}, instance {device['instance-id']}, {_by([device['workload']])}")
+        for device in machine.get("devices", ())
+    ]
+    if ownership:
+        lines.append(_row("ownership", f"{ownership.get('record')}: {ownership.get('text')}"))
+        if step := ownership.get("next-step"):
+            lines.append(_row("next step", step))
+    lines += [_row("waiting at", format_address(address)) for address in info.get("socket-address", ())]
+    lines.append(_row("migration", progress_line(read_progress(info))))
+    if error := info.get("error-desc"):
+        lines.append(_row("reason", error))
+    return lines
+
+
+def format_address(address: Mapping[str, Any]) -> str:
+    """A QMP SocketAddress as a migration URI."""
+    match address.get("type"):
+        case "inet":
+            host = str(address.get("host", ""))
+            return f"tcp:{f'[{host}]' if ':' in host else host}:{address.get('port')}"
+        case "unix":
+            return f"unix:{address.get('path')}"
+        case kind:
+            return f"{kind}:{address.get('str', '')}"
+
+
+def _outcome(info: Mapping[str, Any], code: ExitCode) -> str:
+    if code is ExitCode.DONE:
+        return "destination-owns"
+    return str(info.get("x-migrated-outcome", "source-owns"))
+
+
+def _downtime(info: Mapping[str, Any]) -> str:
+    split = info.get("x-migrated-downtime", {})
+    parts = " + ".join(f"{name} {format_ms(part_ms)}" for name, part_ms in split.items())
+    return format_ms(info["downtime"]) + (f" = {parts}" if parts else "")
+
+
+def _passes(passes: Sequence[Mapping[str, Any]]) -> str:
+    """The first and the last few passes tell the story; a machine that does not converge makes hundreds."""
+    sizes = [format_bytes(one["sent-bytes"]) for one in passes]
+    if len(sizes) > 6:
+        sizes[3:-2] = ["..."]
+    return f"{len(passes)} ({', '.join(sizes)})"
+
+
+def _by(workloads: Sequence[str]) -> str:
+    return f"workload {', '.join(workloads)}" if workloads else "no workload"
+
+
+def _row(name: str, value: object) -> str:
+    return f"  {name:<12} {value}"
