@@ -192,7 +192,7 @@ class UnixServer:
             await self._handler(connection)
         except ChannelError as error:
             self._log.debug("connection_lost", error=str(error))
-        except Exception:  # the top of a session: a bug in one must not end the others
+        except Exception:  # noqa: BLE001 - the top of a session: a bug in one must not end the others
             self._log.exception("session_bug")
         finally:
             self._connections -= 1

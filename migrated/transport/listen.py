@@ -17,7 +17,7 @@ from typing import assert_never
 import structlog
 from structlog.typing import FilteringBoundLogger
 
-from migrated.errors import ChannelClosed, CommandError
+from migrated.errors import CommandError
 from migrated.transport.accept import accept
 from migrated.transport.address import Address, ExecAddress, FdAddress, FileAddress, TcpAddress, UnixAddress
 from migrated.transport.bind import bind_tcp, bind_unix
@@ -117,14 +117,14 @@ class Listener:
         self._log.info("incoming_channel", peer=channel.peer)
         try:
             await self._on_channel(channel)
-        except Exception:  # the top of a job: a bug in one must not end the listener
+        except Exception:  # noqa: BLE001 - the top of a job: a bug in one must not end the listener
             self._log.exception("incoming_channel_bug", peer=channel.peer)
         finally:
             channel.abort()  # nothing, where it was closed in order
             self.busy = False
 
-    def close(self) -> None:
-        """Stop listening; a channel that is being handled goes on. Idempotent."""
+    async def close(self) -> None:
+        """Stop listening; a channel that is being handled goes on to its own end. Idempotent."""
         for sock, readiness in self._sockets:
             readiness.close()
             sock.close()
@@ -135,7 +135,7 @@ class Listener:
 
     async def stop(self) -> None:
         """Stop listening, cancel the handling of a channel, and wait for its end. Idempotent."""
-        self.close()
+        await self.close()
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])

@@ -86,7 +86,7 @@ class Readiness:
             raise ConnectionAbortedError("closed at this end")
 
     def close(self) -> None:
-        """Take the descriptor out of the loop and end the waits. Call this before closing the descriptor; idempotent."""
+        """Take the descriptor out of the loop and end the waits. Call this before closing it; idempotent."""
         self.closed = True
         for direction in (self._read, self._write):
             direction.forget()

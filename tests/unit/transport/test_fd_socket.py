@@ -16,6 +16,7 @@ from structlog.testing import capture_logs
 
 from migrated.errors import ChannelClosed, ChannelError, LocalProtocolError, RemoteProtocolError
 from migrated.transport.fd_socket import MAX_CONNECTIONS, MAX_FDS, FdSocket, connect_unix, serve_unix
+from tests.unit.transport.carriers import open_fds, until
 
 KINDS = [
     pytest.param(socket.SOCK_STREAM, id="stream"),
@@ -32,10 +33,6 @@ def memfd(content: bytes) -> int:
     fd = os.memfd_create("test", os.MFD_CLOEXEC)
     os.write(fd, content)
     return fd
-
-
-def open_fds() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 async def echo(connection: FdSocket) -> None:
@@ -121,9 +118,7 @@ async def test_a_sender_waits_for_a_slow_receiver(kind: socket.SocketKind) -> No
     fds: list[int] = []
     async with asyncio.TaskGroup() as group:
         sender = group.create_task(send_all())
-        await asyncio.sleep(0)
-        while select.select([], [left.sock], [], 0)[1]:
-            await asyncio.sleep(0)
+        await until(lambda: not select.select([], [left.sock], [], 0)[1])
         assert not sender.done()
         while (received := await right.receive(1 << 16))[0]:
             got += received[0]
@@ -284,7 +279,7 @@ async def test_paths_that_cannot_be_had_are_named(tmp_path: Path) -> None:
         await serve_unix(str(tmp_path / "absent" / "s.sock"), socket.SOCK_STREAM, 0o600, None, echo)
     with pytest.raises(ChannelError, match="a Unix socket's may be 107"):
         await serve_unix(str(tmp_path / ("x" * 120)), socket.SOCK_STREAM, 0o600, None, echo)
-    with pytest.raises(ChannelClosed, match="Failed to connect to .*No such file"):
+    with pytest.raises(ChannelClosed, match=r"Failed to connect to .*No such file"):
         await connect_unix(str(tmp_path / "absent"))
 
 
