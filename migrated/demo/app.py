@@ -162,6 +162,6 @@ def what_degrades() -> str:
     if allowed:
         return ""
     return (
-        "Not root, and vm.unprivileged_userfaultfd is 0: the walker uses a user-mode-only userfaultfd. Precopy is as good"
-        " as ever; postcopy will need the system setting or root."
+        "Not root, and vm.unprivileged_userfaultfd is 0: the walker uses a user-mode-only userfaultfd. Precopy is as"
+        " good as ever; postcopy will need the system setting or root."
     )

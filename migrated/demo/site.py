@@ -95,6 +95,13 @@ class Site:
         self.walker.stdin.flush()
         return self.wait_event("checked")
 
+    def restart_daemon(self) -> None:
+        """Kill the daemon, as a crash would, and start it again; the walker stays and re-attaches."""
+        self.daemon.kill()
+        self.daemon.wait()
+        self.daemon = self._start_daemon()
+        self.qmp = self._stack.enter_context(wait_for(self._connect, f"daemon {self.name}", self.log_tail))
+
     def log_tail(self) -> str:
         """Return the last lines of the daemon's log."""
         return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-15:]) if self.log_path.exists() else ""

@@ -92,7 +92,7 @@ class Walker:
         first = self._expected(self.steps)
         content = pages.copy()
         content[:, 0] -= first - self._expected(at)
-        digest = xxh3_128_hexdigest(content)
+        digest = xxh3_128_hexdigest(content.data)
         return {"invariant": bool((pages[:, 0] == first).all()), "hash": digest}
 
     def _expected(self, steps: int) -> NDArray[np.uint8]:

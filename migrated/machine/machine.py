@@ -81,6 +81,8 @@ class Machine:
         try:
             async with asyncio.timeout(timeout_s):
                 while self._missing(blocks, devices):
+                    if self._arrival_lost is not None:
+                        raise self._arrival_lost
                     changed = self._changed
                     await changed.wait()
         except TimeoutError as error:

@@ -116,11 +116,10 @@ class Migrator:
         ownership = self._host.ownership
         if ownership.outcome_unknown:
             raise CommandError(f"{ownership.text()}. Next: {ownership.next_step()}")
-        match self._host.machine.run_state:
-            case RunState.INMIGRATE:
-                raise CommandError("Guest is waiting for an incoming migration")
-            case RunState.POSTMIGRATE:
-                raise CommandError("Can't migrate the vm that was paused due to previous migration")
+        if self._host.machine.run_state is RunState.INMIGRATE:
+            raise CommandError("Guest is waiting for an incoming migration")
+        if self._host.machine.run_state is RunState.POSTMIGRATE:
+            raise CommandError("Can't migrate the vm that was paused due to previous migration")
 
     async def cancel(self) -> None:
         """Cancel the outgoing migration; without one nothing happens. Raises CommandError after the last byte."""

@@ -67,6 +67,8 @@ class Progress:
     def synced(self, newly_dirty_pages: int) -> None:
         """Record a pass: the dirty log was read and gave that many new pages."""
         now = self._clock()
+        if self.ledger.running:
+            self.ledger.mark("sync", now)
         seconds = max(now - self._pass_started_at, 1e-6)
         dirtied = newly_dirty_pages * self.stats.page_size
         if self.stats.dirty_sync_count > 1:

@@ -20,7 +20,12 @@ from migrated.wire.command import PEER_PONG
 from migrated.wire.return_path import (
     Pong,
     Reason,
+    ReceivedBitmap,
+    RequestPages,
+    ResumeAck,
+    ReturnMessage,
     Shut,
+    SwitchoverAck,
     encode_pong,
     encode_reason,
     encode_shut,
@@ -68,7 +73,7 @@ class ReturnPathReader:
         await asyncio.shield(self.answer)
         raise self.refusal() or PeerRefused("the destination ended the migration before it had everything")
 
-    def _take(self, message: object) -> None:
+    def _take(self, message: ReturnMessage) -> None:
         match message:
             case Shut(status=status):
                 self.answer.set_result(status)
@@ -81,6 +86,10 @@ class ReturnPathReader:
                 self.pong_seen.set()
             case Reason(text=text):
                 self._reason = text
+            case RequestPages() | ReceivedBitmap() | ResumeAck() | SwitchoverAck():
+                raise RemoteProtocolError(
+                    f"{type(message).__name__} belongs to a feature that is not on", section="return path"
+                )
 
     def _fail(self, error: MigratedError) -> None:
         refusal = self.refusal()

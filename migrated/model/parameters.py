@@ -162,6 +162,8 @@ PARAMETERS: Mapping[str, Parameter] = {
         _deadline("x-migrated-answer-timeout", 30_000),
         # How long a peer may be silent in the middle of something.
         _deadline("x-migrated-silence-timeout", 10_000),
+        # A source without a return path says "completed" without knowing: refused unless an operator wants it.
+        Parameter("x-migrated-allow-no-return-path", Kind.BOOL, default=False, implemented=True),
     )
 }  # fmt: skip
 

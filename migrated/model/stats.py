@@ -122,6 +122,11 @@ class DowntimeLedger:
         self._ended = None
         self._parts_ms = {}
 
+    @property
+    def running(self) -> bool:
+        """True between `begin` and `end`."""
+        return self._begun is not None and self._ended is None
+
     def mark(self, part: str, now: float) -> None:
         """Book the time since the last mark on ``part``; booking a part twice adds up."""
         if part not in self.PARTS:

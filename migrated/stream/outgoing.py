@@ -145,5 +145,5 @@ class OutgoingStream:
 
     def put_end_of_stream(self, description: str) -> None:
         """Put EOF and the VMDESCRIPTION: the last bytes the destination needs."""
-        self.put_buffer(bytes([EOF_BYTE]) if isinstance(EOF_BYTE, int) else EOF_BYTE)
+        self.put_buffer(EOF_BYTE)
         self.put_buffer(encode_vmdescription(description))
