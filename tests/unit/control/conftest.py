@@ -1,16 +1,28 @@
-"""A real control server on a Unix socket, in front of ports that only remember."""
+"""A real control server on a Unix socket, in front of ports that only remember; on plain asyncio and on uvloop."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import pytest_asyncio
+import uvloop
 
 from migrated.control.server import ControlServer
 from tests.support.fake_services import FakeDaemon, FakeMachine, FakeMigrator
 from tests.support.qmp_peer import QmpPeer
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    factories: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.SelectorEventLoop}
+    if not item.name.startswith("test_getfd_with_the_library"):  # which reaches into asyncio's own socket objects
+        factories["uvloop"] = uvloop.new_event_loop
+    return factories
 
 
 @dataclass

@@ -63,7 +63,7 @@ async def test_events(control: Control, qmp: QMPClient) -> None:
     assert second["event"] == "STOP"
 
 
-async def test_getfd(control: Control, qmp: QMPClient) -> None:
+async def test_getfd_with_the_library(control: Control, qmp: QMPClient) -> None:
     read_end, write_end = os.pipe()
     qmp.send_fd_scm(write_end)
     await qmp.execute("getfd", {"fdname": "m"})
