@@ -123,13 +123,18 @@ def _open_descriptor() -> int:
 
 
 def _syscall(flags: int) -> int:
-    number = _SYSCALL_NUMBERS.get(platform.machine())
-    if number is None:
-        raise KernelError("userfaultfd", errno.ENOSYS, f"number of the call is not known for {platform.machine()}")
-    fd = int(_libc.syscall(number, flags))
+    fd = int(_libc.syscall(_syscall_number(platform.machine()), flags))
     if fd < 0:
         raise KernelError("userfaultfd", ctypes.get_errno())
     return fd
+
+
+def _syscall_number(architecture: str) -> int:
+    try:
+        return _SYSCALL_NUMBERS[architecture]
+    except KeyError:
+        hint = f"number of the call is not known for {architecture}"
+        raise KernelError("userfaultfd", errno.ENOSYS, hint) from None
 
 
 def is_userfaultfd(fd: int) -> bool:
