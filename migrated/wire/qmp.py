@@ -23,6 +23,10 @@ MAX_MESSAGE_BYTES: Final = 1 << 20
 """Longest value accepted. QEMU takes 64 MiB because its commands can carry disk data in base64; the longest sensible
 command here is a list of capabilities and parameters of some KiB, so 1 MiB leaves two orders of magnitude."""
 
+BYTES_PER_TOKEN: Final = 32
+"""A value may have one bracket, string or comma per so many bytes of the limit, which is QEMU's ratio (2 M in 64 MiB).
+It bounds the time that one value can take to decode: a thousand tiny lists cost more than one long string."""
+
 MAX_DEPTH: Final = 512
 """Deepest nesting accepted. QEMU takes 1024; CPython 3.11's JSON codec counts each level against the interpreter's
 recursion limit of 1000 which it shares with its callers, so only about half of that can be promised at any stack
@@ -79,6 +83,8 @@ class JsonStream:
 
     def __init__(self, max_bytes: int = MAX_MESSAGE_BYTES) -> None:
         self._max_bytes = max_bytes
+        self._max_tokens = max(max_bytes // BYTES_PER_TOKEN, 1)
+        self._tokens = 0
         self._text = bytearray()
         self._closers = bytearray()
         self._quote = 0
@@ -138,6 +144,9 @@ class JsonStream:
     def _turn(self, data: bytes, at: int) -> None:
         """Act on the structural byte data[at]."""
         byte = data[at]
+        self._tokens += 1
+        if self._tokens > self._max_tokens:
+            raise _Garbage("JSON token count limit exceeded", at)
         if byte in _CLOSER:
             self._closers.append(_CLOSER[byte])
             if len(self._closers) > MAX_DEPTH:
@@ -195,12 +204,15 @@ class JsonStream:
 
     def _finish(self) -> None:
         """Decode the value held. Its end is known, so a malformed one needs no resynchronisation."""
-        event = _decode(bytes(self._text))
+        text = bytes(self._text)
+        many = self._tokens + text.count(b",") > self._max_tokens  # commas in strings are counted too: so be it
+        event = Malformed("JSON token count limit exceeded") if many else _decode(text)
         self._reset()
         self._events.append(event)
 
     def _reset(self) -> None:
         self._text = bytearray()
+        self._tokens = 0
         self._closers.clear()
         self._scan = self._between
 

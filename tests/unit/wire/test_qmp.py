@@ -153,6 +153,13 @@ def cpu_cost(data: bytes, piece_bytes: int) -> float:
     return min(once() for _ in range(3))
 
 
+@pytest.mark.parametrize("piece", [b"[],", b'"",', b"1,"])
+def test_token_limit_bounds_the_cost_of_one_value(piece: bytes) -> None:
+    limit = qmp.MAX_MESSAGE_BYTES // qmp.BYTES_PER_TOKEN
+    assert len(values(b"[" + piece * (limit // 3 - 2) + b"0]")) == 1
+    assert only_error(b"[" + piece * limit + b"0]\n") == "JSON token count limit exceeded"
+
+
 @pytest.mark.parametrize("piece_bytes", [1, 4096])
 @pytest.mark.parametrize("piece", [b'"a\\\\', b"[[],", b"'\\'", b"\xff\n", b"x ", b"{", b"\\", b"   ", b'"xxxx'])
 def test_time_is_linear(piece: bytes, piece_bytes: int) -> None:
@@ -180,13 +187,13 @@ SCRAPS = st.lists(
 @given(st.binary(max_size=300) | SCRAPS.map(b"".join), st.data())
 def test_any_bytes_give_values_or_errors_whatever_the_cuts(raw: bytes, data: st.DataObject) -> None:
     cut = data.draw(st.integers(0, len(raw)))
-    stream, limited = JsonStream(), JsonStream(max_bytes=16)
+    stream, limited = JsonStream(), JsonStream(max_bytes=64)
     events = stream.feed(raw[:cut]) + stream.feed(raw[cut:])
     assert events == whole(raw) == byte_by_byte(raw)
     assert len(events) <= len(raw)
     assert stream.pending_bytes <= len(raw)
-    assert limited.feed(raw[:cut]) + limited.feed(raw[cut:]) == JsonStream(max_bytes=16).feed(raw)
-    assert limited.pending_bytes <= 16
+    assert limited.feed(raw[:cut]) + limited.feed(raw[cut:]) == JsonStream(max_bytes=64).feed(raw)
+    assert limited.pending_bytes <= 64
     for event in events:
         if isinstance(event, Message):  # whatever was accepted can be echoed as an id
             assert json.loads(qmp.encode_return({}, event.value)) == {"return": {}, "id": event.value}
