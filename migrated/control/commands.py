@@ -230,5 +230,7 @@ EVENTS: Final[Mapping[str, type[shapes.Shape]]] = {
     "SHUTDOWN": shapes.ShutdownEvent,
     "MIGRATION": shapes.MigrationEvent,
     "MIGRATION_PASS": shapes.MigrationPassEvent,
+    "X_MIGRATED_WORKLOAD_ATTACHED": shapes.WorkloadAttachedEvent,
+    "X_MIGRATED_WORKLOAD_LEFT": shapes.WorkloadLeftEvent,
 }
 """Events and the shape of their data, for introspection; whoever raises an event sends it, listed or not."""

@@ -280,6 +280,16 @@ class MigrationPassEvent(Shape, frozen=True):
     pass_: int = msgspec.field(name="pass")
 
 
+class WorkloadAttachedEvent(Shape, frozen=True):
+    workload: str
+    pid: int
+
+
+class WorkloadLeftEvent(Shape, frozen=True):
+    workload: str
+    reason: str
+
+
 class ShutdownCause(StrEnum):
     """QEMU's causes, as far as they can happen to a daemon."""
 

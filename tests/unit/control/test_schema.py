@@ -94,6 +94,8 @@ def test_event_data_is_what_the_schema_says(schema: QmpSchema) -> None:
         "SHUTDOWN": {"guest": False, "reason": "host-qmp-quit"},
         "MIGRATION": {"status": "pre-switchover"},
         "MIGRATION_PASS": {"pass": 3},
+        "X_MIGRATED_WORKLOAD_ATTACHED": {"workload": "kv", "pid": 1},
+        "X_MIGRATED_WORKLOAD_LEFT": {"workload": "kv", "reason": "it exited"},
     }
     assert set(samples) == set(EVENTS)
     for name, data in samples.items():
