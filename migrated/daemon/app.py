@@ -103,6 +103,7 @@ class Daemon:
             on_device_declared=lambda device: register_device(registry, device),
             on_device_withdrawn=lambda device: unregister_device(registry, device),
         )
+        stack.callback(machine.close)
         host = Host(
             machine=machine,
             registry=registry,
@@ -132,10 +133,11 @@ class Daemon:
                 return RunState.FINISH_MIGRATE
             case Hold.MOVED:
                 return RunState.POSTMIGRATE
-        if self._incoming is not None:
-            return RunState.INMIGRATE
-        await ownership.become(Hold.OWNER)
-        return RunState.RUNNING
+            case Hold.NONE if self._incoming is not None:
+                return RunState.INMIGRATE
+            case Hold.NONE:
+                await ownership.become(Hold.OWNER)
+                return RunState.RUNNING
 
     def _register_ram(
         self,

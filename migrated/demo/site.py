@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -39,6 +40,7 @@ class Site:
         ram_bytes: int,
         seed: int = 7,
         config: str = "",
+        module: str = "migrated.demo.walker",
         walker_arguments: Sequence[str] = (),
     ) -> None:
         self.name = name
@@ -47,6 +49,7 @@ class Site:
         self._ram_bytes = ram_bytes
         self._seed = seed
         self._extra_config = config
+        self._module = module
         self._walker_arguments = walker_arguments
         self._stack = ExitStack()
         self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
@@ -58,8 +61,7 @@ class Site:
             self._write_config()
             self.daemon = self._start_daemon()
             self.qmp = self._stack.enter_context(wait_for(self._connect, f"daemon {self.name}", self.log_tail))
-            self.walker = self._start_walker()
-            self.wait_event("ready")
+            self.start_walker()
         except BaseException:
             self._stack.close()
             raise
@@ -102,6 +104,18 @@ class Site:
         self.daemon = self._start_daemon()
         self.qmp = self._stack.enter_context(wait_for(self._connect, f"daemon {self.name}", self.log_tail))
 
+    def start_walker(self) -> None:
+        """Start the walker and wait until it is attached."""
+        self.walker = self._spawn_walker()
+        self.wait_event("ready")
+
+    def stop_walker(self) -> None:
+        """Kill the walker; the daemon stays."""
+        self.walker.kill()
+        self.walker.wait()
+        while self._events.get(timeout=START_DEADLINE_S)["event"] != "gone":
+            continue
+
     def log_tail(self) -> str:
         """Return the last lines of the daemon's log."""
         return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-15:]) if self.log_path.exists() else ""
@@ -125,11 +139,11 @@ class Site:
                 )
             )  # fmt: skip
 
-    def _start_walker(self) -> subprocess.Popen[str]:
+    def _spawn_walker(self) -> subprocess.Popen[str]:
         command = [
             sys.executable,
             "-m",
-            "migrated.demo.walker",
+            self._module,
             "--attach",
             str(self.directory / "run" / "attach.sock"),
         ]
@@ -172,6 +186,7 @@ def _end(process: subprocess.Popen[str]) -> None:
     """End one of our own processes: politely, then by force. A walker that stands still has to be killed."""
     if process.poll() is None:
         process.terminate()
+        process.send_signal(signal.SIGCONT)  # a frozen one gets its SIGTERM only when it goes on
         try:
             process.wait(STOP_DEADLINE_S)
         except subprocess.TimeoutExpired:

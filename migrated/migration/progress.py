@@ -67,14 +67,15 @@ class Progress:
     def synced(self, newly_dirty_pages: int) -> None:
         """Record a pass: the dirty log was read and gave that many new pages."""
         now = self._clock()
-        if self.ledger.running:
-            self.ledger.mark("sync", now)
         seconds = max(now - self._pass_started_at, 1e-6)
         dirtied = newly_dirty_pages * self.stats.page_size
         if self.stats.dirty_sync_count > 1:
             self.passes.append(Pass(len(self.passes) + 1, self.sent_bytes - self._pass_sent, dirtied, seconds * 1000))
-            self.dirty_bps = dirtied / seconds
-            self.stats.dirty_pages_rate = round(newly_dirty_pages / seconds)
+            if self.ledger.running:
+                self.ledger.mark("sync", now)  # the machine stands still: this look says nothing about its rate
+            else:
+                self.dirty_bps = dirtied / seconds
+                self.stats.dirty_pages_rate = round(newly_dirty_pages / seconds)
         self._pass_started_at = now
         self._pass_sent = self.sent_bytes
 
