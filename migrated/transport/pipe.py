@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import signal
 import subprocess
@@ -22,8 +21,6 @@ from migrated.transport.readiness import Readiness
 EXIT_TIMEOUT_S = 60.0
 #: How long to wait for the exit status of a command that broke the pipe: it only makes the error better.
 REASON_GRACE_S = 1.0
-#: The largest pipe an ordinary user may have (/proc/sys/fs/pipe-max-size by default).
-PIPE_BYTES = 1 << 20
 #: Longest part of a command that error texts repeat.
 COMMAND_SHOWN = 80
 
@@ -208,8 +205,6 @@ def _run(command: str, peer: str, *, reads: bool) -> PipeChannel:
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
     ours, theirs = (read_end, write_end) if reads else (write_end, read_end)
     try:
-        with contextlib.suppress(OSError):  # only speed; ordinary users have a limit in sum
-            fcntl.fcntl(ours, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         if reads:
             return PipeChannel(peer, read_fd=ours, command=Command(command, stdin=subprocess.DEVNULL, stdout=theirs))
         return PipeChannel(peer, write_fd=ours, command=Command(command, stdin=theirs, stdout=subprocess.DEVNULL))
