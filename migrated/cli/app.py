@@ -19,7 +19,7 @@ from migrated.cli.display import choose_display
 from migrated.cli.exit_code import ExitCode
 from migrated.cli.output import Output
 from migrated.cli.progress import progress_line, read_progress
-from migrated.cli.report import format_address, report_lines, report_object, status_lines
+from migrated.cli.report import format_address, next_step_lines, report_lines, report_object, status_lines
 from migrated.cli.settings import format_value, parse_switches, parse_values
 from migrated.cli.watch import counted_interrupts, wait_for_end
 from migrated.control.client import QmpClient
@@ -105,9 +105,8 @@ def migrate(
         if code is ExitCode.INTERRUPTED:
             output.result(info, ["The migration goes on; 'migratectl status' shows how"])
         else:
-            advice = _if_known(client, "x-migrated-query-ownership").get("next-step") if code else None
-            lines = report_lines(info, code) + ([f"  next step    {advice}"] if advice else [])
-            output.result(report_object(info, code), lines)
+            ownership = _if_known(client, "x-migrated-query-ownership") if code else {}
+            output.result(report_object(info, code), [*report_lines(info, code), *next_step_lines(ownership)])
         raise typer.Exit(code)
 
 

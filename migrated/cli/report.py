@@ -65,6 +65,12 @@ def report_lines(info: Mapping[str, Any], code: ExitCode) -> list[str]:
     return lines
 
 
+def next_step_lines(ownership: Mapping[str, Any]) -> list[str]:
+    """What the operator may safely do next, where there is anything to do."""
+    step = ownership.get("next-step")
+    return [_row("next step", step)] if step and step != "nothing" else []
+
+
 def throughput_bps(info: Mapping[str, Any]) -> int | None:
     """Bytes sent per second over the whole migration, setup excluded; None where it cannot be told."""
     duration_ms = info.get("total-time", 0) - info.get("setup-time", 0)
@@ -87,8 +93,7 @@ def status_lines(
     ]
     if ownership:
         lines.append(_row("ownership", f"{ownership.get('record')}: {ownership.get('text')}"))
-        if step := ownership.get("next-step"):
-            lines.append(_row("next step", step))
+        lines += next_step_lines(ownership)
     lines += [_row("waiting at", format_address(address)) for address in info.get("socket-address", ())]
     lines.append(_row("migration", progress_line(read_progress(info))))
     if error := info.get("error-desc"):

@@ -178,7 +178,9 @@ async def _resolve(call: Call, arguments: shapes.ResolveArguments) -> object:
 
 
 async def _query_ownership(call: Call, _: shapes.NoArguments) -> object:
-    return call.services.migrator.ownership()
+    record = {name.replace("_", "-"): value for name, value in call.services.migrator.ownership().items()}
+    described = [field.encode_name for field in msgspec.structs.fields(shapes.OwnershipInfo)]
+    return {name: record[name] for name in described if name in record}
 
 
 async def _query_machine(call: Call, _: shapes.NoArguments) -> object:

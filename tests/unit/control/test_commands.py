@@ -62,6 +62,9 @@ async def test_queries(control: Control, peer: QmpPeer) -> None:
     control.migrator.info = {"status": "active", "x-migrated-outcome": "source-owns"}
     assert await peer.execute("query-migrate") == {"return": control.migrator.info}
     assert await peer.execute("x-migrated-query-ownership") == {"return": control.migrator.record}
+    control.migrator.record = {**control.migrator.record, "epoch": 3, "migration_id": "1f", "internal": 1}
+    answer = (await peer.execute("x-migrated-query-ownership"))["return"]
+    assert (answer["epoch"], answer["migration-id"], "internal" in answer) == (3, "1f", False)
 
 
 async def test_query_machine(control: Control, peer: QmpPeer) -> None:
