@@ -62,7 +62,7 @@ def decide(facts: Facts) -> Decision:
 
 def assess(facts: Facts) -> Assessment:
     """Judge the passes so far."""
-    if not facts.pass_history or not facts.bandwidth_bps:
+    if not facts.pass_history or facts.bandwidth_bps < 1:
         return Assessment(converging=True, text="the first pass over memory is under way")
     sent, dirtied = facts.pass_history[-1]
     left = max(facts.pending_bytes, dirtied)

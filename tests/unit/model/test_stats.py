@@ -121,11 +121,14 @@ def test_the_mean_rate_holds(chunks: list[int]) -> None:
 def test_ledger() -> None:
     ledger = DowntimeLedger()
     assert ledger.total_ms == 0
+    running = [ledger.running]
     ledger.begin(5.0)
+    running.append(ledger.running)
     for part, now in [("stop", 5.001), ("ram", 5.004), ("devices", 5.0045), ("ram", 5.0055)]:
         ledger.mark(part, now)
     assert ledger.total_ms == pytest.approx(5.5)
     ledger.end(5.010)
+    assert [*running, ledger.running] == [False, True, False]
     assert ledger.total_ms == pytest.approx(10)
     parts = ledger.parts_ms()
     assert list(parts) == ["stop", "sync", "ram", "devices", "record", "answer"]

@@ -316,9 +316,24 @@ def test_continue_in_a_run_without_a_block() -> None:
 HEADS = st.builds(word, st.integers(0, 70), st.sampled_from([0x02, 0x22, 0x04, 0x08, 0x28, 0x10, 0x40, 0x3F, 0xFFF]))
 
 
-@given(st.lists(st.binary(max_size=30) | HEADS | st.just(b"\x03ram") | st.just(bytes(PAGE)), max_size=12), CUTS)
-def test_any_bytes_give_events_or_a_refusal(parts: list[bytes], cuts: list[float]) -> None:
-    data = b"".join(parts)
+@st.composite
+def damaged(draw: st.DrawFn) -> bytes:
+    """Draw the bodies of the captured stream, one after the other, with some bytes changed."""
+    body_end = EOS + b"\x7e"
+    start = STREAM.index(b"\x03ram") + 12
+    middle = STREAM.index(body_end, start) + 8
+    raw = bytearray(STREAM[start:middle] + STREAM[middle + 10 : STREAM.index(body_end, middle) + 8])
+    heads = st.integers(0, 100) | st.integers(0, len(raw) - 1)
+    for at in draw(st.lists(heads, min_size=1, max_size=4)):
+        raw[at] = draw(st.integers(0, 255))
+    return bytes(raw)
+
+
+PIECES = st.binary(max_size=30) | HEADS | st.just(b"\x03ram") | st.just(bytes(PAGE))
+
+
+@given(st.lists(PIECES, max_size=12).map(b"".join) | damaged(), CUTS)
+def test_any_bytes_give_events_or_a_refusal(data: bytes, cuts: list[float]) -> None:
     parser = RamParser(BLOCKS)
     buffer = b""
     try:
@@ -327,7 +342,8 @@ def test_any_bytes_give_events_or_a_refusal(parts: list[bytes], cuts: list[float
             while True:
                 events, used = parser.parse(memoryview(buffer))
                 assert 0 <= used <= len(buffer)
-                assert all(event is not None for event in events)
+                assert len(events) <= ram.EVENTS_MAX
+                assert sum(len(said(event)) for event in events) <= len(buffer) / 8 + 1
                 buffer = buffer[used:]
                 if not used:
                     break
