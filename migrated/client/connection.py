@@ -10,6 +10,7 @@ One thread reads. Answers are handed to the thread that asked; what the daemon a
 from __future__ import annotations
 
 import array
+import contextlib
 import logging
 import os
 import select
@@ -252,8 +253,9 @@ class Connection:
             sock.settimeout(ANSWER_TIMEOUT_S)
             sock.connect(self._path)
             hello, fds = self._orders.hello()
-            _send(sock, hello, fds)
             self._sock = sock
+            with contextlib.suppress(BrokenPipeError):  # what it said before it closed is the better reason
+                _send(sock, hello, fds)
             welcome, _ = self._receive()
             if isinstance(welcome, attach.Refused):
                 raise AttachRefused(welcome.error, again=welcome.again)

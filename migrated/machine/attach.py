@@ -35,6 +35,8 @@ MAX_WORKLOADS = 64
 #: How long to wait for news of a process whose connection ended.
 EXIT_GRACE_S = 0.1
 
+#: Packets read and dropped before a refusal; the kernel queues few more (net.unix.max_dgram_qlen, buffer sizes).
+UNREAD_PACKETS = 64
 #: How many descriptors come with a message; all others carry none.
 _CARRIED = {attach.MapRequest: 1, attach.Saved: 1}
 
@@ -50,12 +52,14 @@ class AttachServer:
         mode: int = 0o660,
         group: str | None = None,
         allowed_uids: Collection[int] = (),
+        hello_timeout_s: float = HELLO_TIMEOUT_S,
     ) -> None:
         self._machine = machine
         self._path = path
         self._mode = mode
         self._group = group
         self._uids = {0, os.geteuid(), *allowed_uids}
+        self._hello_timeout_s = hello_timeout_s
         self._server: UnixServer | None = None
         self._log = structlog.get_logger().bind(machine=machine.name)
 
@@ -73,10 +77,10 @@ class AttachServer:
 
     async def _serve(self, connection: FdSocket) -> None:
         try:
-            async with asyncio.timeout(HELLO_TIMEOUT_S):
+            async with asyncio.timeout(self._hello_timeout_s):
                 workload = await self._greet(connection)
         except TimeoutError:
-            await self._refuse(connection, f"no hello within {HELLO_TIMEOUT_S:g} s", again=True)
+            await self._refuse(connection, f"no hello within {self._hello_timeout_s:g} s", again=True)
         except (ClaimRefused, RemoteProtocolError, KernelError) as error:
             again = isinstance(error, ClaimRefused) and error.again
             await self._refuse(connection, str(error), again=again)
@@ -84,9 +88,9 @@ class AttachServer:
             await Session(self._machine, connection, workload).run()
 
     async def _greet(self, connection: FdSocket) -> Workload:
-        pid = self._check_credentials(connection.sock)
         packet, fds = await connection.receive(attach.MAX_MESSAGE_BYTES)
         try:
+            pid = self._check_credentials(connection.sock)
             if not packet:
                 raise RemoteProtocolError("closed before hello")
             hello = attach.parse_from_workload(packet)
@@ -253,6 +257,13 @@ class Session:
 
 async def send_refusal(connection: FdSocket, why: str, *, again: bool) -> None:
     """Say why the connection ends; somebody who does not listen is not waited for."""
+    try:
+        # A socket closed with something unread in it takes away what the other end has not read yet (ECONNRESET).
+        async with asyncio.timeout(0):
+            for _ in range(UNREAD_PACKETS):
+                close_all((await connection.receive(attach.MAX_MESSAGE_BYTES))[1])
+    except (TimeoutError, ChannelError, RemoteProtocolError):
+        pass
     try:
         async with asyncio.timeout(SEND_TIMEOUT_S):
             await connection.send(attach.encode_message(attach.Refused(attach.cut_text(why), again)))

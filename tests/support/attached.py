@@ -173,10 +173,10 @@ class RawClient:
         await self.send(message, fds)
         return await self.receive()
 
-    async def hello(self, fds: Sequence[int] = (), **fields: Any) -> dict[str, Any]:
+    async def hello(self, carried: Sequence[int] = (), **fields: Any) -> dict[str, Any]:
         """Say hello, by default as a fresh cooperative workload without descriptors."""
         message = {"type": "hello", "version": 1, "name": "raw", "pause": "cooperative", "state": "fresh", "fds": []}
-        return await self.ask({**message, **fields}, fds)
+        return await self.ask({**message, **fields}, carried)
 
 
 @contextlib.asynccontextmanager
