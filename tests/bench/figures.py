@@ -1,0 +1,113 @@
+"""A figure: what was measured of us and of whom we are compared with, pair by pair, and how it is shown.
+
+The rule of the file: a ratio is the median of the pairs' ratios, never a ratio of numbers from different minutes; a
+target is reported as reached or not, never asserted.
+"""
+
+from __future__ import annotations
+
+import operator
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_COMPARISONS = {"<=": operator.le, ">=": operator.ge}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What has to hold: of the ratio ours / theirs, or, without a competitor, of our own median."""
+
+    comparison: str
+    value: float
+
+    def holds(self, found: float) -> bool:
+        """Say whether it does."""
+        return bool(_COMPARISONS[self.comparison](found, self.value))
+
+    def __str__(self) -> str:
+        return f"{self.comparison} {self.value:g}"
+
+
+@dataclass(slots=True)
+class Figure:
+    """One line of the table. ``theirs`` is parallel to ``ours``, or empty where nobody is compared."""
+
+    case: str
+    name: str
+    unit: str
+    how: str
+    """What exactly was measured, in a sentence."""
+    target: Target | None = None
+    against: str = ""
+    ours: list[float] = field(default_factory=list)
+    theirs: list[float] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def pair(self, ours: float, theirs: float) -> None:
+        """Add one pair."""
+        self.ours.append(ours)
+        self.theirs.append(theirs)
+
+    @property
+    def ratio(self) -> float | None:
+        """The median of ours / theirs."""
+        if not self.theirs:
+            return None
+        return statistics.median(a / b for a, b in zip(self.ours, self.theirs, strict=True))
+
+    @property
+    def judged(self) -> float:
+        """The number that the target is about."""
+        return statistics.median(self.ours) if self.ratio is None else self.ratio
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether the target holds; None without one."""
+        return None if self.target is None else self.target.holds(self.judged)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything, for the JSON file."""
+        return {
+            "case": self.case,
+            "name": self.name,
+            "unit": self.unit,
+            "how": self.how,
+            "median": statistics.median(self.ours),
+            "ours": self.ours,
+            "against": self.against or None,
+            "against_median": statistics.median(self.theirs) if self.theirs else None,
+            "theirs": self.theirs,
+            "ratio": self.ratio,
+            "target": None if self.target is None else str(self.target),
+            "reached": self.reached,
+            "details": self.details,
+        }
+
+
+def show(figures: Sequence[Figure], console: Console) -> None:
+    """Print the table."""
+    table = Table(title="medians; the ratio is the median of the pairs' ratios (ours / theirs)")
+    for heading in ("case", "what", "unit", "migrated", "against", "ratio", "target", ""):
+        table.add_column(heading, justify="right" if heading in ("migrated", "ratio") else "left")
+    for figure in figures:
+        theirs = f"{figure.against} {_number(statistics.median(figure.theirs))}" if figure.theirs else "-"
+        table.add_row(
+            figure.case,
+            figure.name,
+            figure.unit,
+            _number(statistics.median(figure.ours)),
+            theirs,
+            "-" if figure.ratio is None else f"{figure.ratio:.2f}",
+            "-" if figure.target is None else str(figure.target),
+            {True: "reached", False: "NOT reached", None: ""}[figure.reached],
+        )
+    console.print(table)
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -1,0 +1,88 @@
+"""The yardstick "QEMU": two real QEMU processes on loopback, driven over QMP.
+
+The rule of the file: the same bytes, cold destination memory, bandwidth unlimited unless a case limits it, return path
+on at both ends, so that ``total-time`` means the same as ours: from ``migrate`` to the destination's word.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from migrated.control.client import QmpClient
+from migrated.errors import ChannelClosed
+from tests.bench.host import GIB
+from tests.bench.processes import DEADLINE_S, BenchError, running, tail
+
+BINARY = "qemu-system-x86_64"
+UNLIMITED_BPS = 100 * GIB
+POLL_S = 0.005
+#: The smallest machine there is: no processor, no devices, one RAM block.
+EMPTY = ("-M", "none,memory-backend=mem0")
+
+
+def version() -> str | None:
+    """Return the version line of the installed QEMU; None without one."""
+    if shutil.which(BINARY) is None:
+        return None
+    return subprocess.run([BINARY, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+
+
+def backend_file(path: Path, size_bytes: int) -> list[str]:
+    """Return a RAM block that is a prefilled file in memory."""
+    return ["-object", f"memory-backend-file,id=mem0,size={size_bytes},mem-path={path},share=on"]
+
+
+def backend_cold(size_bytes: int) -> list[str]:
+    """Return a RAM block of fresh shared memory that nobody has touched."""
+    return ["-object", f"memory-backend-memfd,id=mem0,size={size_bytes},share=on"]
+
+
+@contextmanager
+def qemu(directory: Path, name: str, arguments: Sequence[str]) -> Iterator[QmpClient]:
+    """Run one QEMU with a QMP connection inside the block."""
+    socket, log = directory / f"{name}.sock", directory / f"{name}.log"
+    socket.unlink(missing_ok=True)
+    command = [BINARY, "-accel", "tcg", "-nodefaults", "-display", "none"]
+    command += ["-qmp", f"unix:{socket},server=on,wait=off", *arguments]
+    with running(command, log=log) as process, ExitStack() as stack:
+        yield stack.enter_context(_connect(process, socket, log))
+
+
+def _connect(process: subprocess.Popen[str], socket: Path, log: Path) -> QmpClient:
+    deadline = time.monotonic() + DEADLINE_S
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            return QmpClient(str(socket), deadline_s=DEADLINE_S)
+        except ChannelClosed:
+            time.sleep(POLL_S)
+    raise BenchError(f"{process.args!r} does not answer\n{tail(log)}")
+
+
+def migrate(source: QmpClient, target: QmpClient, parameters: Mapping[str, object] | None = None) -> dict[str, Any]:
+    """Migrate and return the source's last query-migrate."""
+    for side in (source, target):
+        capability = {"capability": "return-path", "state": True}
+        side.execute("migrate-set-capabilities", {"capabilities": [capability]})
+    source.execute("migrate-set-parameters", {"max-bandwidth": UNLIMITED_BPS, **(parameters or {})})
+    target.execute("migrate-incoming", {"uri": "tcp:127.0.0.1:0"})
+    address = target.execute("query-migrate")["socket-address"][0]
+    source.execute("migrate", {"uri": f"tcp:127.0.0.1:{address['port']}"})
+    return follow(source)
+
+
+def follow(source: QmpClient, poll_s: float = POLL_S) -> dict[str, Any]:
+    """Wait for the end of a migration; raise unless it completed."""
+    while True:
+        figures: dict[str, Any] = source.execute("query-migrate")
+        # A 7.2 may say completed a moment before its times are settled.
+        if figures["status"] == "completed" and figures.get("total-time"):
+            return figures
+        if figures["status"] in ("failed", "cancelled"):
+            raise BenchError(f"migration {figures['status']}: {figures.get('error-desc', '')}")
+        time.sleep(poll_s)
