@@ -34,7 +34,7 @@ from migrated.devices.global_state import register_global_state
 from migrated.errors import ConfigError, MigratedError
 from migrated.machine.attach import AttachServer
 from migrated.machine.machine import Machine
-from migrated.migration.host import Host, Settings
+from migrated.migration.host import Host, Settings, first_error
 from migrated.migration.migrator import Migrator
 from migrated.migration.ownership import Hold, Ownership
 from migrated.migration.progress import Progress
@@ -57,16 +57,23 @@ class Daemon:
         self._config = config
         self._log = log
         self._incoming = incoming
-        self._stopping = asyncio.Event()
+        self._stopping: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._state = Path(config.paths.state)
         self._runtime = Path(config.paths.runtime)
 
-    def stop(self) -> None:
-        """Ask the daemon to end (SIGTERM, SIGINT, QMP quit)."""
-        self._stopping.set()
+    def stop(self, cause: str) -> None:
+        """Ask the daemon to end; ``cause`` is QEMU's ShutdownCause ("host-signal", "host-qmp-quit")."""
+        if not self._stopping.done():
+            self._stopping.set_result(cause)
 
     async def run(self) -> None:
         """Run until `stop`. Raises MigratedError when it cannot start."""
+        try:
+            await self._run()
+        except BaseExceptionGroup as group:
+            raise first_error(group) from None
+
+    async def _run(self) -> None:
         async with AsyncExitStack() as stack:
             for directory in (self._state, self._runtime):
                 directory.mkdir(parents=True, exist_ok=True)
@@ -79,9 +86,9 @@ class Daemon:
             watchdog = jobs.create_task(notifier.keep_watchdog())
             notifier.ready()
             self._log.info("ready", machine=self._config.machine.name)
-            await self._stopping.wait()
+            cause = await self._stopping
             notifier.stopping()
-            self._log.info("stopping")
+            self._log.info("stopping", cause=cause)
             watchdog.cancel()
             await migrator.close()
 
@@ -178,10 +185,10 @@ class Daemon:
         attach = AttachServer(machine, config.attach_socket, mode=config.attach.mode, group=config.attach.group)
         await attach.start()
         stack.push_async_callback(attach.close)
-        services = Services(migrator, machine, self.stop)
+        services = Services(migrator, machine, lambda: self.stop("host-qmp-quit"))
         control = ControlServer(services, config.control_socket, mode=config.control.mode, group=config.control.group)
         await control.start()
-        stack.push_async_callback(control.close)
+        stack.push_async_callback(lambda: control.close(self._stopping.result() if self._stopping.done() else None))
         if self._incoming not in (None, "defer"):
             await migrator.open_listener(str(self._incoming))
         if config.workload.command:
@@ -250,5 +257,5 @@ async def _serve(config: Config, incoming: str | None, log: FilteringBoundLogger
     daemon = Daemon(config, incoming, log)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, daemon.stop)
+        loop.add_signal_handler(number, daemon.stop, "host-signal")
     await daemon.run()

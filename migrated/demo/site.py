@@ -39,6 +39,7 @@ class Site:
         *,
         ram_bytes: int,
         seed: int = 7,
+        incoming: str = "tcp:127.0.0.1:0",
         config: str = "",
         module: str = "migrated.demo.walker",
         walker_arguments: Sequence[str] = (),
@@ -48,6 +49,7 @@ class Site:
         self.directory.mkdir()
         self._ram_bytes = ram_bytes
         self._seed = seed
+        self._incoming = incoming
         self._extra_config = config
         self._module = module
         self._walker_arguments = walker_arguments
@@ -61,7 +63,8 @@ class Site:
             self._write_config()
             self.daemon = self._start_daemon()
             self.qmp = self._stack.enter_context(wait_for(self._connect, f"daemon {self.name}", self.log_tail))
-            self.start_walker()
+            if self._module:
+                self.start_walker()
         except BaseException:
             self._stack.close()
             raise
@@ -97,9 +100,9 @@ class Site:
         self.walker.stdin.flush()
         return self.wait_event("checked")
 
-    def restart_daemon(self) -> None:
-        """Kill the daemon, as a crash would, and start it again; the walker stays and re-attaches."""
-        self.daemon.kill()
+    def restart_daemon(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """End the daemon, as a crash would, and start it again; the walker stays and re-attaches."""
+        self.daemon.send_signal(number)
         self.daemon.wait()
         self.daemon = self._start_daemon()
         self.qmp = self._stack.enter_context(wait_for(self._connect, f"daemon {self.name}", self.log_tail))
@@ -126,7 +129,7 @@ class Site:
         self.config.write_text(
             f'[machine]\nname = "demo"\n'
             f'[paths]\nruntime = "{self.directory / "run"}"\nstate = "{self.directory / "state"}"\n'
-            f'[migration]\nincoming = "tcp:127.0.0.1:0"\n'
+            f'[migration]\nincoming = "{self._incoming}"\n'
             f'[log]\nformat = "json"\n{self._extra_config}\n'
         )
 

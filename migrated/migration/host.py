@@ -91,3 +91,9 @@ async def insist(step: Callable[[], Awaitable[None]]) -> None:
             cancelled = error
     if cancelled is not None:
         raise cancelled
+
+
+def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return the error that a task group is about."""
+    error = group.exceptions[0]
+    return first_error(error) if isinstance(error, BaseExceptionGroup) else error

@@ -214,7 +214,7 @@ class IncomingMigration:
         await self._stream.run(parse_footer(header.section_id, idstr))
 
     async def _begin(self) -> None:
-        """Check, before the first section, that a machine may be overwritten here and that its source can be answered."""
+        """Check, before the first section, that a machine may come here and its source be answered."""
         if self.touched:
             return
         allowed = self._host.settings.parameters.get("x-migrated-allow-no-return-path")

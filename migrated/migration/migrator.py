@@ -49,6 +49,8 @@ class Migrator:
         self._allow = allow
         self._outgoing: OutgoingMigration | None = None
         self._incoming: IncomingMigration | None = None
+        self._arrived_before: IncomingMigration | None = None
+        """The incoming migration that the present outgoing one came after."""
         self._listener: Listener | None = None
         self._fds: dict[str, int] = {}
         self._half_loaded = False
@@ -109,6 +111,7 @@ class Migrator:
         async def connect() -> Channel:
             return await dial(address, timeout_s=timeout_s, fds=self._take_fd)
 
+        self._arrived_before = self._incoming
         self._outgoing = OutgoingMigration(self._host, self._outgoing_progress, connect, migration_id=uuid.uuid4().hex)
         self._outgoing.start(self._spawn)
 
@@ -153,11 +156,11 @@ class Migrator:
             self._host.log.warning("connection_refused", peer=channel.peer, reason=BUSY)
             channel.abort()
             return
-        self._incoming = IncomingMigration(self._host, self._incoming_progress, channel, migration_id=uuid.uuid4().hex)
-        await asyncio.shield(self._incoming.start(self._spawn))
-        self._half_loaded = self._incoming.touched and not self._host.ownership.may_run
-        if self._host.ownership.may_run:
-            self._outgoing = None
+        incoming = IncomingMigration(self._host, self._incoming_progress, channel, migration_id=uuid.uuid4().hex)
+        self._incoming = incoming
+        await asyncio.shield(incoming.start(self._spawn))
+        # A stranger who came and went in between changes nothing: memory that was half loaded still is.
+        self._half_loaded = (self._half_loaded or incoming.touched) and not self._host.ownership.may_run
 
     # -- the machine -------------------------------------------------------------------------------------------
 
@@ -219,6 +222,8 @@ class Migrator:
 
     def close_fd(self, name: str) -> None:
         """Close a kept descriptor (``closefd``)."""
+        if name not in self._fds:
+            raise CommandError(f"File descriptor named '{name}' not found")
         os.close(self._take_fd(name))
 
     def _take_fd(self, name: str) -> int:
@@ -229,14 +234,16 @@ class Migrator:
     # -- answers -----------------------------------------------------------------------------------------------
 
     def query(self) -> dict[str, object]:
-        """Answer ``query-migrate``."""
+        """Answer ``query-migrate``: the last migration that touched the machine, in whichever direction."""
         answer: dict[str, object] = {}
-        if self._outgoing is not None:
+        incoming = self._incoming
+        arrives = incoming is not None and incoming.touched and incoming is not self._arrived_before
+        if self._outgoing is not None and not arrives:
             limit_ms = self._host.settings.parameters.integer("downtime-limit")
             answer = report.describe_outgoing(self._outgoing, self._outgoing_progress, limit_ms)
             answer["x-migrated-outcome"] = report.outcome(self._host.ownership)
-        elif self._incoming is not None:
-            answer = report.describe_incoming(self._incoming, self._incoming_progress)
+        elif incoming is not None:
+            answer = report.describe_incoming(incoming, self._incoming_progress)
         if self._listener is not None:
             answer["socket-address"] = self._listener.addresses
         return answer

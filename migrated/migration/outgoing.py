@@ -21,7 +21,7 @@ from migrated.errors import (
     MigrationCancelled,
     OutcomeUnknown,
 )
-from migrated.migration.host import OPTIONAL_SECTIONS, Host, insist
+from migrated.migration.host import OPTIONAL_SECTIONS, Host, first_error, insist
 from migrated.migration.progress import Progress
 from migrated.migration.return_path import FIRST_PING, PeerKind, ReturnPathReader
 from migrated.migration.switchover import Switchover
@@ -160,7 +160,7 @@ class OutgoingMigration:
                     if reader is not None:
                         reader.cancel()
         except BaseExceptionGroup as group_error:
-            raise _first(group_error) from None
+            raise first_error(group_error) from None
 
     def _open_return_path(self, channel: Channel, group: asyncio.TaskGroup) -> asyncio.Task[None]:
         stream = IncomingStream(channel, silence_timeout_s=self._host.settings.silence_timeout_s)
@@ -268,10 +268,3 @@ class OutgoingMigration:
         async with self._host.lock:
             for failure in await self._host.registry.save_cleanup():
                 self._host.log.error("cleanup_failed", error=str(failure))
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Return the error that a task group is about: the first that is not a mere cancellation."""
-    for error in group.exceptions:
-        return _first(error) if isinstance(error, BaseExceptionGroup) else error
-    return group

@@ -126,9 +126,11 @@ class Ownership:
 
     def as_dict(self) -> dict[str, object]:
         """Return the answer to ``x-migrated-query-ownership``."""
-        return asdict(self.record) | {
+        return {
             "record": self.record.hold.value,
-            "hold": self.record.hold.value,
+            "epoch": self.record.epoch,
+            "peer": self.record.peer,
+            "migration-id": self.record.migration_id,
             "text": self.text(),
             "next-step": self.next_step(),
         }

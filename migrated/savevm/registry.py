@@ -61,7 +61,7 @@ class SaveVMRegistry:
     """Handlers of one machine: ``register_savevm_live``, ``unregister_savevm``, and every walk over them."""
 
     def __init__(self, lock: IothreadLock) -> None:
-        self._lock = lock
+        self.lock = self._lock = lock
         self._entries: list[SaveStateEntry] = []
         self._next_section_id = 0
         self._loading: dict[int, tuple[SaveStateEntry, int]] = {}

@@ -86,9 +86,7 @@ def test_cancel_in_setup(held_pair: tuple[Site, Site], hold: Path) -> None:
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_cut_link_resumes_the_source(
-    phase: str, held_pair: tuple[Site, Site], link: Proxy, hold: Path
-) -> None:
+def test_a_cut_link_resumes_the_source(phase: str, held_pair: tuple[Site, Site], link: Proxy, hold: Path) -> None:
     a, b = held_pair
     lead_to(phase, a, link.uri, hold)
     link.cut()

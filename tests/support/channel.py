@@ -15,6 +15,7 @@ class MemoryChannel:
         self.has_return_path = has_return_path
         self.bytes_sent = 0
         self.bytes_received = 0
+        self.silence_timeout_s = 5.0
         self.sent = bytearray()
         self.other: MemoryChannel | None = None
         self._cut = cut

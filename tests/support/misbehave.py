@@ -1,11 +1,7 @@
-"""Workloads that misbehave in one chosen way; otherwise walkers. Run: ``python -m tests.support.misbehave --mode MODE``.
+"""Workloads that misbehave in one chosen way; otherwise walkers.
 
-    hang-stop    on_stop never returns
-    stray        a thread goes on writing after the stop was acknowledged
-    die-on-save  the process ends when it is asked for a device's state
-    fail-on-load restoring a device raises
-    slow-stop    on_stop takes a moment, within the deadline
-    signal       no callbacks, RAM only, stopped through its pidfd
+Run: ``python -m tests.support.misbehave --mode MODE``. The modes are the functions below, and "signal": no callbacks,
+RAM only, stopped through its pidfd.
 """
 
 from __future__ import annotations
@@ -22,14 +18,17 @@ from migrated.demo.walker import PAGE, Walker, tell
 
 
 def hang_stop(machine: Machine) -> None:
+    """on_stop never returns."""
     machine.on_stop(lambda: threading.Event().wait())
 
 
 def slow_stop(machine: Machine) -> None:
+    """on_stop takes a moment, within the deadline."""
     machine.on_stop(lambda: threading.Event().wait(0.3))
 
 
 def stray(machine: Machine) -> None:
+    """A thread goes on writing after the stop was acknowledged."""
     memory = machine.ram("scratch", 16 * PAGE)
 
     def write_for_ever() -> None:
@@ -40,10 +39,13 @@ def stray(machine: Machine) -> None:
 
 
 def die_on_save(machine: Machine) -> None:
+    """The process ends when it is asked for a device's state."""
     machine.device("mortal", save=lambda: os._exit(3), load=lambda state, version_id: None, version_id=1)
 
 
 def fail_on_load(machine: Machine) -> None:
+    """Restoring a device raises."""
+
     def load(state: bytes, version_id: int) -> None:
         raise ValueError(f"cannot restore {state!r}")
 
