@@ -40,6 +40,8 @@ class Capability:
     name: str
     implemented: bool = False
     default: bool = False
+    fixed: str = ""
+    """Why it cannot be switched off, where it cannot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,10 @@ CAPABILITIES: Mapping[str, Capability] = {
         Capability("release-ram"),
         Capability("block"),
         # QEMU: off. A migration whose end nobody acknowledges leaves its outcome open too often.
-        Capability("return-path", implemented=True, default=True),
+        Capability(
+            "return-path", implemented=True, default=True,
+            fixed="without an answer nobody knows who owns the machine; file:, exec: and pipes do without one by nature",
+        ),
         Capability("pause-before-switchover", implemented=True),
         Capability("multifd"),
         Capability("dirty-bitmaps"),
@@ -187,7 +192,8 @@ class Capabilities:
         for name, on in changes.items():
             if on and not _capability(name).implemented:
                 raise CommandError(f"Capability '{name}' is not implemented by this version of migrated")
-            _capability(name)
+            if not on and (why := _capability(name).fixed):
+                raise CommandError(f"Capability '{name}' cannot be switched off: {why}")
         return Capabilities(MappingProxyType({**self._set, **changes}))
 
 

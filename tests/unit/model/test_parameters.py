@@ -40,10 +40,14 @@ def test_only_the_return_path_is_on() -> None:
 
 def test_capabilities_are_replaced() -> None:
     before = Capabilities()
-    after = before.replace({"events": True, "return-path": False})
-    assert (after.get("events"), after.get("return-path")) == (True, False)
-    assert (before.get("events"), before.get("return-path")) == (False, True)
-    assert after.replace({"events": False, "return-path": True}).all() == before.all()
+    after = before.replace({"events": True, "return-path": True})
+    assert (after.get("events"), before.get("events")) == (True, False)
+    assert after.replace({"events": False}).all() == before.all()
+
+
+def test_the_return_path_cannot_be_switched_off() -> None:
+    with pytest.raises(CommandError, match="Capability 'return-path' cannot be switched off: without an answer"):
+        Capabilities().replace({"return-path": False})
 
 
 @pytest.mark.parametrize("name", CAPABILITIES)
