@@ -75,8 +75,10 @@ CAPABILITIES: Mapping[str, Capability] = {
         Capability("block"),
         # QEMU: off. A migration whose end nobody acknowledges leaves its outcome open too often.
         Capability(
-            "return-path", implemented=True, default=True,
-            fixed="without an answer nobody knows who owns the machine; file:, exec: and pipes do without one by nature",
+            "return-path",
+            implemented=True,
+            default=True,
+            fixed="without an answer nobody knows who owns the machine (only file:, exec: and pipes do without one)",
         ),
         Capability("pause-before-switchover", implemented=True),
         Capability("multifd"),
