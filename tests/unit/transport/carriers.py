@@ -41,5 +41,5 @@ def open_fds() -> int:
 
 async def until(condition: Callable[[], object]) -> None:
     """Let everything else run until ``condition`` holds: for what only the kernel or another task knows."""
-    while not condition():  # noqa: ASYNC110 - there is no event to wait for, and the test's time limit ends it
+    while not condition():
         await asyncio.sleep(0)
