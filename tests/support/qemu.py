@@ -1,0 +1,146 @@
+"""A real QEMU without a machine (``-M none``), whose RAM is a file: an exact oracle of what was sent or received.
+
+The rule of the file: whatever it starts it ends, by pid, also when the test fails; it is steered over QMP with the
+product's own client, and what a QEMU says before it exits (on stderr only) is kept for the error text.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from migrated.control.client import QmpClient
+from migrated.errors import ChannelClosed
+from tests.support.following import wait_until
+
+PROGRAM = shutil.which("qemu-system-x86_64")
+BLOCK = "mem0"
+PAGE = 4096
+END_DEADLINE_S = 10.0
+ENDED = frozenset({"completed", "failed", "cancelled"})
+
+
+class Qemu:
+    """One ``-M none`` QEMU with one RAM block, `BLOCK`. ``ram`` is what the block holds at the start."""
+
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        *,
+        size: int,
+        ram: bytes | None = None,
+        incoming: str = "",
+        stopped: bool = False,
+        arguments: Sequence[str] = (),
+    ) -> None:
+        self.name = name
+        self.directory = directory / name
+        self.directory.mkdir()
+        self.size = size
+        self.ram_path = self.directory / "ram"
+        self.ram_path.write_bytes(ram if ram is not None else bytes(size))
+        self._socket = self.directory / "qmp.sock"
+        self._errors = self.directory / "stderr"
+        self._incoming = incoming
+        self._stopped = stopped
+        self._arguments = list(arguments)
+
+    def __enter__(self) -> Self:
+        with self._errors.open("w") as errors:
+            self.process = subprocess.Popen(self._command(), stdin=subprocess.DEVNULL, stdout=errors, stderr=errors)
+        try:
+            self.qmp = wait_until(self._connect, f"QEMU {self.name} answers")
+            self.capability("events")
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.qmp.__exit__(kind, error, at)
+        self._end()
+
+    def _command(self) -> list[str]:
+        assert PROGRAM is not None
+        ram = f"memory-backend-file,id={BLOCK},size={self.size},mem-path={self.ram_path},share=on"
+        command = [PROGRAM, "-accel", "tcg", "-M", f"none,memory-backend={BLOCK}", "-m", f"size={self.size}B"]
+        command += ["-object", ram, "-nodefaults", "-display", "none"]
+        command += ["-qmp", f"unix:{self._socket},server=on,wait=off"]
+        command += ["-S"] if self._stopped else []
+        command += ["-incoming", self._incoming] if self._incoming else []
+        return command + self._arguments
+
+    def _connect(self) -> QmpClient | None:
+        assert self.process.poll() is None, f"QEMU {self.name} ended at once: {self.said()}"
+        try:
+            return QmpClient(str(self._socket))
+        except ChannelClosed:
+            return None
+
+    def _end(self) -> None:
+        self.process.kill()
+        self.process.wait(END_DEADLINE_S)
+
+    # -- asking ------------------------------------------------------------------------------------------------
+
+    def said(self) -> str:
+        """What it wrote to stderr so far."""
+        return self._errors.read_text(errors="replace")
+
+    def ram(self) -> bytes:
+        """Return its memory as it is now."""
+        return self.ram_path.read_bytes()
+
+    def run_state(self) -> str:
+        return str(self.qmp.execute("query-status")["status"])
+
+    def query(self) -> dict[str, Any]:
+        return dict(self.qmp.execute("query-migrate"))
+
+    def capability(self, name: str, *, state: bool = True) -> None:
+        self.qmp.execute("migrate-set-capabilities", {"capabilities": [{"capability": name, "state": state}]})
+
+    def parameter(self, name: str, value: object) -> None:
+        self.qmp.execute("migrate-set-parameters", {name: value})
+
+    def listen(self) -> str:
+        """Start to wait for a machine (it was started with ``incoming="defer"``); return where."""
+        self.qmp.execute("migrate-incoming", {"uri": "tcp:127.0.0.1:0"})
+        address = self.query()["socket-address"][0]
+        return f"tcp:{address['host']}:{address['port']}"
+
+    def wait_status(self, statuses: Collection[str]) -> dict[str, Any]:
+        """Wait until query-migrate shows one of ``statuses``; return that answer."""
+
+        def probe() -> dict[str, Any] | None:
+            answer = self.query()
+            if answer.get("status") in statuses:
+                return answer
+            assert answer.get("status") not in ENDED, f"QEMU {self.name} ended otherwise: {answer}\n{self.said()}"
+            return None
+
+        return dict(wait_until(probe, f"QEMU {self.name} in {sorted(statuses)}"))
+
+    def migrate(self, uri: str, statuses: Collection[str] = ("completed",)) -> dict[str, Any]:
+        """Migrate and wait for the end; return query-migrate's last answer."""
+        self.qmp.execute("migrate", {"uri": uri})
+        return self.wait_status(statuses)
+
+    def wait_exit(self) -> int:
+        """Wait until it ended by itself (as a QEMU 7.2 does when a load fails); return its status."""
+        return self.process.wait(END_DEADLINE_S)
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return the events that came since the last call."""
+        found = []
+        while (event := self.qmp.next_event(timeout_s=0)) is not None:
+            found.append(event)
+        return found
+
+
+MakeQemu = Callable[..., Qemu]
