@@ -86,8 +86,8 @@ class OrderBook:
             self._try(0, self._go_on)
 
     def moved(self, peer: str) -> None:
-        """The machine runs at ``peer``."""
-        if self._gate.state is not State.STANDBY:
+        """The machine runs at ``peer``. Whoever waits for one that never ran here goes on waiting."""
+        if self._gate.state not in (State.STANDBY, State.INCOMING):
             self._gate.peer = peer
             self._gate.enter(State.MOVED)
 

@@ -166,8 +166,9 @@ class Workload:
         """Say that the machine runs elsewhere.
 
         A frozen process is not told: it cannot object to being overwritten, and when it goes on, the machine is back.
+        One that stood by and never ran what arrived (it came paused) still stands by.
         """
-        self.replaceable = self.signalled
+        self.replaceable = self.replaceable or self.signalled
         if not self.signalled:
             await self._send(attach.Moved(attach.cut_name(peer)))
 
