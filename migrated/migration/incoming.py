@@ -147,6 +147,8 @@ class IncomingMigration:
         async with self._host.lock:
             await self._host.registry.load_setup(self._stream)
         self._progress.setup_done()
+        # The first section follows at once, whoever sends; only then may a source have reasons to be silent for long.
+        self._stream.idle_timeout_s = PATIENCE * self._host.settings.silence_timeout_s()
         await self._elements(first)
         await self._description()
         await self._check_complete()
@@ -228,6 +230,8 @@ class IncomingMigration:
         async with self._host.lock:
             await self._host.machine.begin_incoming()
         self.touched = True
+        if self._return_path.peer is not PeerKind.MIGRATED:
+            self._stream.idle_timeout_s = None
 
     async def _wait_for_device(self, idstr: str, instance_id: int) -> None:
         await self._host.machine.wait_declared([], [idstr], self._host.attach_timeout_s)
