@@ -216,7 +216,7 @@ def events(ctx: typer.Context, as_json: Json = False) -> None:
 @app.command()
 def demo(
     ctx: typer.Context,
-    ram_mib: Annotated[int, typer.Option(min=1, help="Size of the demo machine's memory.")] = 256,
+    ram_mib: Annotated[int, typer.Option(min=1, help="Size of the demo machine's memory.")] = 128,
     as_json: Json = False,
 ) -> None:
     """Move a process that never stops writing between two daemons on this host, and back, and check its memory."""

@@ -20,9 +20,13 @@ from migrated.demo.site import Site
 from migrated.errors import MigratedError
 
 MIB = 1 << 20
+DEFAULT_RAM_MIB = 128
 POLL_S = 0.1
+LINE_S = 1.0
 LEG_DEADLINE_S = 300.0
 RUNNING = {"setup", "active", "pre-switchover", "device"}
+
+AUTO_CONVERGE = {"capability": "auto-converge", "state": True}
 
 Say = Callable[[str], None]
 
@@ -54,7 +58,7 @@ class Leg:
         }
 
 
-def main(*, ram_mib: int = 256, as_json: bool = False) -> int:
+def main(*, ram_mib: int = DEFAULT_RAM_MIB, as_json: bool = False) -> int:
     """Run the demo and return an exit status: 0 when every check held."""
 
     def say(text: str) -> None:
@@ -83,6 +87,9 @@ def run(ram_bytes: int, say: Say) -> list[Leg]:
             Site("A", Path(directory), ram_bytes=ram_bytes, seed=7) as a,
             Site("B", Path(directory), ram_bytes=ram_bytes, seed=7) as b,
         ):
+            for site in (a, b):
+                # The walker can be faster than a busy machine's loopback; then it is slowed down until it fits.
+                site.qmp.execute("migrate-set-capabilities", {"capabilities": [AUTO_CONVERGE]})
             a.qmp.execute("cont")
             a.wait_event("running")
             say(f"The walker runs at A (process {a.walker.pid}) and adds one to a byte of every page, for ever.")
@@ -120,23 +127,33 @@ def move(name: str, source: Site, target: Site, say: Say) -> Leg:
 
 
 def follow(source: Site, say: Say) -> dict[str, Any]:
-    """Poll until the migration has ended, with a line now and then; return the last answer."""
+    """Poll until the migration has ended, with a line per pass or second; return the last answer."""
     deadline = time.monotonic() + LEG_DEADLINE_S
+    shown, shown_at = -1, 0.0
     while True:
         figures: dict[str, Any] = source.qmp.execute("query-migrate")
+        now = time.monotonic()
         if figures["status"] not in RUNNING:
             return figures
-        if time.monotonic() > deadline:
+        if now > deadline:
             raise MigratedError(f"the migration is still {figures['status']} after {LEG_DEADLINE_S:g} s")
-        if "ram" in figures:
-            ram = figures["ram"]
-            say(
-                f"  {figures['status']:<14} pass {len(figures['x-migrated-passes']) + 1:<3}"
-                f" sent {ram['transferred'] / MIB:8.1f} MiB   left {ram['remaining'] / MIB:7.1f} MiB"
-                f"   {figures['x-migrated-bandwidth-bps'] / MIB:7.0f} MiB/s"
-                f"   dirtied {figures['x-migrated-dirty-rate-bps'] / MIB:7.0f} MiB/s"
-            )
+        passes = len(figures.get("x-migrated-passes", []))
+        if "ram" in figures and (passes != shown or now - shown_at > LINE_S):
+            shown, shown_at = passes, now
+            say(describe(figures))
         time.sleep(POLL_S)
+
+
+def describe(figures: dict[str, Any]) -> str:
+    """Return one line about a migration under way."""
+    ram = figures["ram"]
+    throttle = figures.get("cpu-throttle-percentage")
+    return (
+        f"  pass {len(figures['x-migrated-passes']) + 1:<3} sent {ram['transferred'] / MIB:7.1f} MiB"
+        f"   left {ram['remaining'] / MIB:6.1f} MiB   {figures['x-migrated-bandwidth-bps'] / MIB:5.0f} MiB/s"
+        f"   the walker writes {figures['x-migrated-dirty-rate-bps'] / MIB:5.0f} MiB/s"
+        + (f", slowed down by {throttle} %" if throttle else "")
+    )
 
 
 def summarise(legs: list[Leg], say: Say) -> None:

@@ -56,6 +56,7 @@ class Machine:
         self._watched: set[Workload] = set()
         self._lost: WorkloadError | None = None
         self._lost_waiters = 0
+        self._arriving = False
         self._arrival_lost: WorkloadError | None = None
         self._changed = asyncio.Event()
         self._log = structlog.get_logger().bind(machine=name)
@@ -176,7 +177,7 @@ class Machine:
                 return  # `stop` asks it
             else:
                 await workload.stop(self._stop_timeout_s())
-        if workload.attached and self._throttle and not workload.signalled:
+        if workload.attached and workload.ready and self._throttle and not workload.signalled:
             await workload.throttle(self._throttle)
 
     async def throttle(self, percent: int) -> bool:
@@ -238,8 +239,8 @@ class Machine:
         self.retired.retire_open(workload.pagemap)
         self.retired.retire(workload.tracking)
         self.retired.retire(workload.sync)
-        if had and self._run_state is RunState.INMIGRATE:
-            self._arrival_lost = error
+        if had and self._arriving and self._run_state is RunState.INMIGRATE:
+            self._arrival_lost = self._arrival_lost or error
         if workload in self._watched and self._lost is None:
             self._lost = error
         self._log.warning("workload_left", workload=workload.name, pid=workload.pid, reason=why)
@@ -261,8 +262,9 @@ class Machine:
 
     async def begin_incoming(self) -> None:
         """Make room for a machine that arrives: run state ``inmigrate``. Raises WorkloadError when one is here."""
+        empty = self._run_state in (RunState.INMIGRATE, RunState.POSTMIGRATE)
         for workload in self.workloads.values():
-            if not workload.replaceable and self.declared.mappings_of(workload):
+            if not (empty and workload.replaceable) and self.declared.mappings_of(workload):
                 raise WorkloadError(
                     workload.name,
                     "its memory still holds a machine; a machine can arrive here when it calls standby() or leaves"
@@ -274,6 +276,7 @@ class Machine:
         if self._run_state is RunState.RUNNING:  # nobody has any memory: an empty machine
             await self.stop(RunState.PAUSED)
         self.set_run_state(RunState.INMIGRATE)
+        self._arriving = True
         self._arrival_lost = None
 
     def close(self) -> None:

@@ -42,6 +42,33 @@ def test_decide(pending: int, threshold: int, decision: Decision) -> None:
     assert decide(replace(STUCK, pending_bytes=pending, threshold_bytes=threshold)) is decision
 
 
+@pytest.mark.parametrize(
+    ("pending", "last_step", "decision"),
+    [
+        (40 * MIB, (25 * MIB, 0), Decision.ITERATE),  # nobody writes: send it while the machine runs
+        (40 * MIB, (25 * MIB, 17 * MIB), Decision.ITERATE),  # it still shrinks
+        (40 * MIB, (25 * MIB, 18 * MIB), Decision.COMPLETE),  # hardly any more
+        (1 * MIB, (25 * MIB, 0), Decision.COMPLETE),  # 2 ms at 500 MiB/s
+        (40 * MIB, (0, 0), Decision.COMPLETE),  # nothing was sent: nothing is known to shrink
+    ],
+)
+def test_the_limit_is_no_target(pending: int, last_step: tuple[int, int], decision: Decision) -> None:
+    facts = replace(STUCK, pending_bytes=pending, threshold_bytes=50 * MIB, pass_history=(last_step,))
+    assert decide(facts) is decision
+
+
+@given(st.integers(1, 50 * MIB), st.floats(0, 0.69))
+def test_going_on_below_the_limit_ends_soon(pending: int, share: float) -> None:
+    step = 25 * MIB
+    for _ in range(20):
+        sent = min(pending, step)
+        pending += round(sent * share) - sent
+        facts = replace(STUCK, pending_bytes=pending, pass_history=((sent, round(sent * share)),))
+        if decide(facts) is Decision.COMPLETE:
+            return
+    raise AssertionError(f"still going with {pending} bytes pending")
+
+
 # -- assess ----------------------------------------------------------------------------------------------------
 
 

@@ -180,7 +180,7 @@ def test_a_run_ends_where_the_kind_or_the_fill_changes(broken_at: int) -> None:
             other = zero(3, "rom")  # noqa: PLW2901 (the rom has four pages)
         records = [zero(page % 64) for page in range(700)]
         records[broken_at] = other
-        raw = zero(0, "ram") + b"".join(records[:broken_at + 1]) + zero(1, "ram") + EOS
+        raw = zero(0, "ram") + b"".join(records[: broken_at + 1]) + zero(1, "ram") + EOS
         told = parse([raw])
         assert len(told) == broken_at + 4
         assert [one[1] for one in told[:-1] if isinstance(one, tuple)][1 : broken_at + 1] == [

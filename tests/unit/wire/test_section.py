@@ -146,9 +146,7 @@ def test_elements(raw: bytes) -> None:
         assert section.encode_section_header(element) == raw
 
 
-@given(
-    st.sampled_from(sorted(section.SECTION_KINDS)), U32, NAMES.filter(bool), U32, U32, CUTS
-)
+@given(st.sampled_from(sorted(section.SECTION_KINDS)), U32, NAMES.filter(bool), U32, U32, CUTS)
 def test_section_headers_come_back(
     kind: SectionType, section_id: int, idstr: str, instance_id: int, version_id: int, cuts: list[float]
 ) -> None:
