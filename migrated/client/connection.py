@@ -284,10 +284,10 @@ class Connection:
 
     def _receive(self) -> Packet:
         assert self._sock is not None
-        data, fds, flags, _ = socket.recv_fds(
-            self._sock, attach.MAX_MESSAGE_BYTES, MAX_FDS, flags=socket.MSG_CMSG_CLOEXEC
-        )
+        data, fds, flags, _ = socket.recv_fds(self._sock, attach.MAX_MESSAGE_BYTES, MAX_FDS)
         try:
+            for fd in fds:
+                os.set_inheritable(fd, False)  # Python 3.11's recv_fds ignores MSG_CMSG_CLOEXEC
             if not data:
                 raise ConnectionLost("the daemon closed the connection")
             if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):

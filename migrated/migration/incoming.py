@@ -64,6 +64,7 @@ class IncomingMigration:
         self.touched = False
         """True once memory or devices of this host may have been overwritten."""
         self.peer = channel.peer
+        channel.silence_timeout_s = host.settings.silence_timeout_s()
         self._stream = IncomingStream(channel, silence_timeout_s=host.settings.silence_timeout_s)
         self._return_path = ReturnPathWriter(channel)
         self._taken_over = False
@@ -116,6 +117,10 @@ class IncomingMigration:
         self.status.advance(MigrationStatus.ACTIVE, expected={MigrationStatus.NONE})
         self.status.advance(MigrationStatus.FAILED)
         if isinstance(error, OutcomeUnknown):
+            return
+        if not self._return_path.opened:
+            # A source that cannot be told must not get rid of its bytes: it would take that for success.
+            self._channel.abort()
             return
         try:
             await self._return_path.shut(1, str(error))

@@ -134,6 +134,7 @@ class OutgoingMigration:
         try:
             channel = await self._dial()
             self.peer = channel.peer
+            channel.silence_timeout_s = self._host.settings.silence_timeout_s()
             if isinstance(channel, FileChannel):
                 self.kind = PeerKind.FILE
             await self._with_channel(channel)
