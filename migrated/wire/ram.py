@@ -144,12 +144,17 @@ class RamEncoder:
             return records.tobytes()
         return encode_be64(int(pages[0]) << _PAGE_SHIFT | Flag.ZERO) + name + bytes(1) + records[1:].tobytes()
 
-    def page_run(self, block: str, pages: Pages, source: Bytes, out: Bytes) -> int:
-        """Write page records for ``pages`` into ``out`` and return how many bytes they take.
+    def body_offsets(self, block: str, count: int) -> range:
+        """Return where in a buffer the bodies of the next ``count`` page records of ``block`` belong.
 
-        ``source`` is the whole block, shape (pages of the block, PAGE); ``out`` is one-dimensional and has room for
-        them (`max_pages`).
+        Bodies that are put there become records by `page_heads`, if no other record is made in between. The buffer has
+        to have room for them (`max_pages`).
         """
+        start = len(self._name(block)) + _WORD_BYTES
+        return range(start, start + count * _PAGE_STRIDE, _PAGE_STRIDE)
+
+    def page_heads(self, block: str, pages: Pages, out: Bytes) -> int:
+        """Write the heads of page records whose bodies are in ``out``; return how many bytes the records take."""
         count = len(pages)
         if count > self.max_pages(len(out), block):
             raise LocalProtocolError(f"{count} page records do not fit into {len(out)} bytes")
@@ -159,29 +164,18 @@ class RamEncoder:
         self._block = block
         # The name shifts all records by its length. The word of the first one is written last, before the name.
         end = len(name) + count * _PAGE_STRIDE
-        records = out[len(name) : end].reshape(count, _PAGE_STRIDE)
         words = ((pages << _PAGE_SHIFT) | _NEXT_PAGE).astype(_WORD)
+        records = out[len(name) : end].reshape(count, _PAGE_STRIDE)
         records[:, :_WORD_BYTES] = words.view(np.uint8).reshape(count, _WORD_BYTES)
-        _gather(pages, source, records[:, _WORD_BYTES:])
         if name:
             head = encode_be64(int(pages[0]) << _PAGE_SHIFT | Flag.PAGE) + name
             out[: len(head)] = np.frombuffer(head, np.uint8)
         return end
 
 
-#: From this mean run length on, one copy per run is faster than one gather, which copies everything twice.
-_LONG_RUN_PAGES = 8
-
-
-def _gather(pages: Pages, source: Bytes, target: Bytes) -> None:
-    """Copy ``source[pages]`` to ``target``."""
-    breaks = (np.flatnonzero(np.diff(pages) != 1) + 1).tolist()
-    if len(pages) < _LONG_RUN_PAGES * (len(breaks) + 1) and breaks:
-        target[:] = source[pages]
-        return
-    for start, end in zip([0, *breaks], [*breaks, len(pages)], strict=True):
-        first = int(pages[start])
-        target[start:end] = source[first : first + end - start]
+def bodies(out: Bytes, offsets: range) -> Bytes:
+    """Return the page bodies at ``offsets`` in a buffer, shape (n, PAGE)."""
+    return np.ndarray((len(offsets), PAGE), np.uint8, out, offsets.start, (offsets.step, 1))
 
 
 # -- parsing ---------------------------------------------------------------------------------------------------

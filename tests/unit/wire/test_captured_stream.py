@@ -11,6 +11,7 @@ from migrated.wire import section
 from migrated.wire.pull import Parser, feed
 from migrated.wire.ram import PAGE, BlockList, EndOfSection, PageRun, RamEncoder, RamParser, ZeroRun, encode_block_list
 from migrated.wire.section import Configuration, EndOfFile, SectionHeader, SectionType
+from tests.support.ram_records import page_run
 from tests.unit.wire.captures import CONTENT, PAGES, STREAM, UUID
 from tests.unit.wire.cuts import CUTS, cut, single_bytes
 
@@ -140,7 +141,7 @@ def _records() -> bytes:
     content = memory()
     for page in range(PAGES):
         if page in CONTENT:
-            used = encoder.page_run("mem0", np.array([page]), content, out)
+            used = page_run(encoder, "mem0", np.array([page]), content, out)
             raw += out[:used].tobytes()
         else:
             raw += encoder.zero_run("mem0", np.array([page]))

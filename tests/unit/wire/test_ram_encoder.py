@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from migrated.errors import LocalProtocolError
 from migrated.wire.ram import EOS, PAGE, Flag, RamEncoder, encode_block_list
+from tests.support.ram_records import page_run
 
 PAGES = 64
 SOURCE = np.random.default_rng(7).integers(0, 256, (PAGES, PAGE), np.uint8)
@@ -31,7 +32,7 @@ def page_numbers(*pages: int) -> NDArray[np.int64]:
 
 def encode_pages(encoder: RamEncoder, block: str, pages: NDArray[np.int64]) -> bytes:
     out = np.full(PAGES * (PAGE + 8) + 256, 0xEE, np.uint8)
-    used = encoder.page_run(block, pages, SOURCE, out)
+    used = page_run(encoder, block, pages, SOURCE, out)
     assert (out[used:] == 0xEE).all()
     return out[:used].tobytes()
 
@@ -123,6 +124,6 @@ def test_room() -> None:
     encoder.zero_run("ram", page_numbers(0))
     assert encoder.max_pages(2 * (PAGE + 8), "ram") == 2
     out = np.empty(2 * (PAGE + 8), np.uint8)
-    assert encoder.page_run("ram", page_numbers(1, 2), SOURCE, out) == len(out)
+    assert page_run(encoder, "ram", page_numbers(1, 2), SOURCE, out) == len(out)
     with pytest.raises(LocalProtocolError, match="3 page records do not fit"):
-        encoder.page_run("ram", page_numbers(1, 2, 3), SOURCE, out)
+        page_run(encoder, "ram", page_numbers(1, 2, 3), SOURCE, out)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from migrated.errors import RemoteProtocolError
 from migrated.wire import ram
 from migrated.wire.ram import EOS, PAGE, BlockList, EndOfSection, Flag, PageRun, RamEvent, RamParser, ZeroRun
+from tests.support.ram_records import page_run
 from tests.unit.wire.captures import CONTENT, PAGES, STREAM
 from tests.unit.wire.cuts import CUTS, cut, single_bytes
 
@@ -106,7 +107,7 @@ def test_sender_and_receiver_agree() -> None:
     source = np.random.default_rng(1).integers(0, 256, (64, PAGE), np.uint8)
     encoder = ram.RamEncoder()
     out = np.empty(1 << 20, np.uint8)
-    used = encoder.page_run("ram", np.arange(40), source, out)
+    used = page_run(encoder, "ram", np.arange(40), source, out)
     zeros = encoder.zero_run("ram", np.arange(40, 64))
     events, consumed = RamParser(BLOCKS).parse(memoryview(out[:used].tobytes() + zeros + EOS))
     # The named record stands alone, the rest of each run is one event.
