@@ -20,10 +20,11 @@ from typing import Any, Self
 
 from migrated.control.client import QmpClient
 from migrated.errors import ChannelClosed
-from tests.support.following import DEADLINE_S, wait_until
+from tests.support.following import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 STOP_DEADLINE_S = 10.0
+EVENT_DEADLINE_S = 30.0
 
 CONFIG = """
 [machine]
@@ -75,6 +76,7 @@ class HoldingSite:
         self.socket = str(self.directory / "run" / "qmp.sock")
         self._stack = ExitStack()
         self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._unread: list[dict[str, Any]] = []
 
     def __enter__(self) -> Self:
         try:
@@ -175,12 +177,20 @@ class HoldingSite:
         return self.wait_status(*statuses or ("completed",))
 
     def wait_event(self, name: str) -> dict[str, Any]:
-        """Return the holder's next event of that name."""
+        """Return the holder's next event of that name; others wait until they are asked for."""
+        for event in self._unread:
+            if event["event"] == name:
+                self._unread.remove(event)
+                return event
         while True:
-            event = self._events.get(timeout=DEADLINE_S)
+            try:
+                event = self._events.get(timeout=EVENT_DEADLINE_S)
+            except queue.Empty:
+                raise AssertionError(f"holder {self.name}: no event {name!r}\n{self.log_tail()}") from None
             assert event["event"] != "gone", f"holder {self.name} ended\n{self.log_tail()}"
             if event["event"] == name:
                 return event
+            self._unread.append(event)
 
     def do(self, what: str, **arguments: Any) -> dict[str, Any]:
         """Let the holder do something."""

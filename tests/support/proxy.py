@@ -29,6 +29,10 @@ class Direction:
     """Flip a bit of the byte at this offset."""
     hit: threading.Event = field(default_factory=threading.Event)
 
+    @property
+    def stalled(self) -> bool:
+        return self.limit is not None and self.passed >= self.limit and self.at_limit == "stall"
+
 
 class Proxy:
     """Accepts any number of connections, one at a time, and passes them on to ``target``."""
@@ -51,6 +55,11 @@ class Proxy:
     def cut(self) -> None:
         """Reset the present connection in both directions."""
         self._cut.set()
+        self._wake_w.send(b"x")
+
+    def resume(self) -> None:
+        """Let go on what stalled at its limit."""
+        self.forward.limit = self.backward.limit = None
         self._wake_w.send(b"x")
 
     def close(self) -> None:
@@ -84,7 +93,8 @@ class Proxy:
     def _pump(self, client: socket.socket, server: socket.socket) -> None:
         ways = {client: (server, self.forward), server: (client, self.backward)}
         while ways:
-            readable, _, _ = select.select([*ways, self._wake_r], [], [])
+            ready = [sock for sock, (_, way) in ways.items() if not way.stalled]
+            readable, _, _ = select.select([*ready, self._wake_r], [], [])
             if self._wake_r in readable:
                 self._wake_r.recv(4096)
             if self._cut.is_set():
@@ -99,7 +109,7 @@ class Proxy:
                     _reset(client)
                     _reset(server)
                     return
-                if verdict in ("end", "stall"):
+                if verdict == "end":
                     del ways[sock]
         _reset(client) if ways else client.close()
         _reset(server) if ways else server.close()
