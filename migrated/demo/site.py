@@ -153,7 +153,10 @@ class Site:
         command += ["--ram", str(self._ram_bytes), "--seed", str(self._seed), "--name", f"walker-{self.name}"]
         command += self._walker_arguments
         walker = self._own(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
-        threading.Thread(target=self._read_events, args=(walker,), daemon=True).start()
+        reader = threading.Thread(target=self._read_events, args=(walker,), daemon=True)
+        reader.start()
+        self._stack.callback(reader.join)  # before the pipe it reads is closed
+        self._stack.callback(_stop, walker)
         return walker
 
     def _own(self, process: subprocess.Popen[str]) -> subprocess.Popen[str]:
@@ -186,6 +189,14 @@ def wait_for(probe: Callable[[], T | None], what: str, detail: Callable[[], str]
 
 
 def _end(process: subprocess.Popen[str]) -> None:
+    """End one of our own processes and take its pipes away."""
+    _stop(process)
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None and pipe is not sys.stdout:
+            pipe.close()
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
     """End one of our own processes: politely, then by force. A walker that stands still has to be killed."""
     if process.poll() is None:
         process.terminate()
@@ -195,6 +206,3 @@ def _end(process: subprocess.Popen[str]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None and pipe is not sys.stdout:
-            pipe.close()
