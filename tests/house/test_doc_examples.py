@@ -1,0 +1,151 @@
+"""What the documents show runs, and what their tables say is true."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from migrated.cli.exit_code import ExitCode
+from migrated.control.commands import COMMANDS, EVENTS, NOT_IMPLEMENTED
+from migrated.migration.ownership import Hold
+from migrated.model.parameters import CAPABILITIES, PARAMETERS
+from migrated.savevm.handlers import SaveVMHandlers
+from migrated.wire.command import Command
+from migrated.wire.return_path import Message
+from tests.house.repository import ROOT, run
+from tests.support.documented import EXAMPLES, Host, Lines
+from tests.support.following import wait_until
+
+DOCS = ROOT / "docs"
+JOURNAL = '[handlers]\nload = ["journal:register"]\n'
+
+# -- examples ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[tuple[Host, Host]]:
+    """Two daemons that wait for machines, with the journal handler loaded."""
+    with ExitStack() as stack:
+
+        def start(name: str) -> Host:
+            environment = {"JOURNAL_FILE": str(tmp_path / f"{name}.journal")}
+            return stack.enter_context(Host(tmp_path / name, config=JOURNAL, environment=environment))
+
+        yield start("A"), start("B")
+
+
+def migrate(source: Host, target: Host) -> dict[str, Any]:
+    """Move the machine and return the last answer of query-migrate."""
+    source.qmp.execute("migrate", {"uri": target.address})
+
+    def ended() -> dict[str, Any] | None:
+        answer: dict[str, Any] = source.qmp.execute("query-migrate")
+        return answer if answer["status"] in ("completed", "failed", "cancelled") else None
+
+    answer = dict(wait_until(ended, "the end of the migration"))
+    assert answer["status"] == "completed", answer
+    return answer
+
+
+def test_the_counter_moves_there_and_back(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    a, b = hosts
+    here = a.run_example("counter.py", a.attach_socket)
+    there = b.run_example("counter.py", b.attach_socket)
+    wait_until(lambda: all(host.qmp.execute("x-migrated-query-machine")["devices"] for host in hosts), "attached")
+    a.qmp.execute("cont")
+    _, counted = here.wait_for("count")
+    (tmp_path / "A.journal").write_bytes(b"entry\n" * 50_000)
+    (tmp_path / "B.journal").write_bytes(b"what an earlier machine left")
+    migrate(a, b)
+    arrived = follow(here, there, counted["count"])
+    assert arrived["journey"] == [here.pid, there.pid]
+    assert (tmp_path / "B.journal").read_bytes() == b"entry\n" * 50_000
+    migrate(b, a)
+    assert follow(there, here, arrived["count"])["journey"] == [here.pid, there.pid, here.pid]
+
+
+def follow(source: Lines, target: Lines, count: int) -> dict[str, Any]:
+    """Check that the target goes on with the number after the source's last one; return its first line."""
+    before, moved = source.wait_for("moved")
+    assert moved["moved"]
+    _, first = target.wait_for("count")
+    assert first["count"] == (before[-1]["count"] if before else count) + 1
+    return first
+
+
+def test_the_guide_shows_the_examples_as_they_are() -> None:
+    guide = (DOCS / "workload-guide.md").read_text()
+    for example in ("counter.py", "journal.py"):
+        assert f"```python\n{(EXAMPLES / example).read_text()}```" in guide, example
+
+
+@pytest.mark.limit(300)
+def test_the_examples_are_typed() -> None:
+    run(sys.executable, "-m", "mypy", "--strict", *(str(path) for path in sorted(EXAMPLES.glob("*.py"))))
+
+
+def test_the_counter_is_as_short_as_promised() -> None:
+    lines = [line for line in (EXAMPLES / "counter.py").read_text().splitlines() if line.strip()]
+    assert len(lines) < 30
+
+
+# -- tables --------------------------------------------------------------------------------------------------------
+
+
+def table(document: str, heading: str) -> dict[str, list[str]]:
+    """Return the first table below a heading: first cell without backquotes -> the other cells."""
+    text = (DOCS / document).read_text()
+    section = re.split(r"^#+ ", text.split(f"# {heading}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
+    rows = [
+        [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in section.splitlines()
+        if line.startswith("|")
+    ]
+    return {row[0].strip("`"): row[1:] for row in rows[2:]}
+
+
+def shown(value: object) -> str:
+    """Write a value as migratectl does."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+
+
+def test_capabilities() -> None:
+    documented = {name: cells[0] for name, cells in table("operator-guide.md", "Capabilities").items()}
+    assert documented == {row.name: shown(row.default) for row in CAPABILITIES.values() if row.implemented}
+
+
+def test_parameters() -> None:
+    documented = {name: cells[:2] for name, cells in table("operator-guide.md", "Parameters").items()}
+    assert documented == {
+        row.name: [row.unit or "switch", shown(row.default)] for row in PARAMETERS.values() if row.implemented
+    }
+
+
+def test_exit_codes() -> None:
+    assert set(table("operator-guide.md", "Exit codes of migratectl")) == {str(int(code)) for code in ExitCode}
+
+
+def test_ownership_records() -> None:
+    assert set(table("operator-guide.md", "The ownership record")) == {hold.value for hold in Hold}
+
+
+def test_commands_and_events() -> None:
+    assert set(table("operator-guide.md", "Events")) == set(EVENTS)
+    text = (DOCS / "operator-guide.md").read_text()
+    assert [name for name in [*COMMANDS, *NOT_IMPLEMENTED] if f"`{name}`" not in text] == []
+
+
+def test_hooks_of_the_contract() -> None:
+    assert list(table("workload-guide.md", "The hooks")) == list(SaveVMHandlers.__dataclass_fields__)
+
+
+def test_elements_of_the_wire() -> None:
+    documented = table("protocol.md", "Commands")
+    assert set(documented) == {command.name for command in Command if command is not Command.INVALID}
+    assert set(table("protocol.md", "Messages of the return path")) == {message.name for message in Message}
