@@ -13,6 +13,11 @@ from collections.abc import Generator
 from types import FrameType
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# These machines are noisy: how long an example takes to make or to run says nothing about the code.
+settings.register_profile("noisy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("noisy")
 
 #: Far beyond any single test on a slow machine with two processors.
 LIMIT_S = 60.0
