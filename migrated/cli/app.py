@@ -137,7 +137,7 @@ def proceed(ctx: typer.Context, as_json: Json = False) -> None:
 @app.command()
 def capabilities(
     ctx: typer.Context,
-    changes: Annotated[list[str] | None, typer.Argument(metavar="[NAME=on|off]...")] = None,
+    changes: Annotated[list[str] | None, typer.Argument(metavar="NAME=on|off")] = None,
     as_json: Json = False,
 ) -> None:
     """Show the capabilities, or switch some, all or none."""
@@ -152,7 +152,7 @@ def capabilities(
 @app.command()
 def parameters(
     ctx: typer.Context,
-    changes: Annotated[list[str] | None, typer.Argument(metavar="[NAME=VALUE]...")] = None,
+    changes: Annotated[list[str] | None, typer.Argument(metavar="NAME=VALUE")] = None,
     as_json: Json = False,
 ) -> None:
     """Show the parameters, or set some, all or none. Sizes may end in K, M, G."""

@@ -74,7 +74,7 @@ class Seen:
     def say_what_is_new(self, info: dict[str, Any]) -> None:
         progress = read_progress(info)
         if progress.warning:
-            self._once("convergence", f"Not converging: {progress.warning}")
+            self._once("convergence", f"Not converging: {progress.warning.removeprefix('not converging: ')}")
         else:
             self._said.discard("convergence")
         if progress.status == "pre-switchover":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import logging
 import os
 import select
@@ -33,6 +34,7 @@ RETRY_LAST_S = 2.0
 MAX_FDS = 4
 #: How often to look for participants that ended instead of parking.
 QUIET_POLL_S = 0.010
+_NOBODY_THERE = (errno.ENOENT, errno.ECONNREFUSED)
 
 _log = logging.getLogger("migrated.client")
 
@@ -337,5 +339,6 @@ def _as_attach_error(path: str, error: Exception) -> AttachError:
     if isinstance(error, AttachRefused):
         return AttachRefused(f"{path}: the daemon refuses: {error}", again=error.again)
     if isinstance(error, OSError):
-        return AttachError(f"{path}: {error.strerror or error}; is the daemon of this machine running?")
+        hint = "; is the daemon of this machine running?" if error.errno in _NOBODY_THERE else ""
+        return AttachError(f"{path}: {error.strerror or error}{hint}")
     return AttachError(f"{path}: {error}")
