@@ -23,7 +23,7 @@ PATTERNS = {"nothing": 0, "every 256th page": 256, "every 16th page": 16, "every
 def run(bench: Bench) -> list[Figure]:
     """Measure every pattern; then the pass at each size, one look of each in turn."""
     how = "DirtyLog.sync of 1 GiB in a thread: PAGEMAP_SCAN, decoding, into the bitmap"
-    warm(2 * SYNC_BYTES)
+    warm(SYNC_BYTES)
     figures = []
     for pattern, step in PATTERNS.items():
         figure = Figure("dirty sync", f"1 GiB, {pattern} dirty", "ms", how, Target("<=", SYNC_TARGET_MS))
@@ -34,7 +34,7 @@ def run(bench: Bench) -> list[Figure]:
 
 def _passes(bench: Bench) -> list[Figure]:
     how = "sync and sending of 64 MiB dirty (every 16th page of the first GiB) into a channel that drops it"
-    warm(max(PASS_BYTES) + GIB)
+    warm(max(PASS_BYTES) // 2)
     looks = {size: _looks(bench, "pass", size, PASS_STEP) for size in PASS_BYTES}
     figures = []
     for size in PASS_BYTES[1:]:

@@ -22,12 +22,16 @@ GIB = 1 << 30
 _STEP = 4 * MIB
 
 
+#: The kernel does not hand out exactly what was given back last; twice as much makes it likely.
+_SPARE = 2
+
+
 def warm(size_bytes: int) -> None:
-    """Let the host back that much memory, then give it back to the kernel."""
-    fd = create_memfd("warm", size_bytes)
+    """Let the host back that much memory and some, then give it back to the kernel."""
+    fd = create_memfd("warm", _SPARE * size_bytes)
     try:
         block = bytes(_STEP)
-        for offset in range(0, size_bytes, _STEP):
+        for offset in range(0, _SPARE * size_bytes, _STEP):
             os.pwrite(fd, block, offset)
     finally:
         os.close(fd)
