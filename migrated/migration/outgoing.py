@@ -23,7 +23,7 @@ from migrated.errors import (
 )
 from migrated.migration.host import OPTIONAL_SECTIONS, Host, first_error, insist
 from migrated.migration.progress import Progress
-from migrated.migration.return_path import FIRST_PING, PeerKind, ReturnPathReader
+from migrated.migration.return_path import FIRST_PING, SETUP_PING, PeerKind, ReturnPathReader
 from migrated.migration.switchover import Switchover
 from migrated.model.convergence import Decision, decide, is_outpaced, next_throttle
 from migrated.model.status import OUTGOING, MigrationStatus, StatusCell
@@ -177,6 +177,7 @@ class OutgoingMigration:
     async def _phases(self, f: OutgoingStream, channel: Channel) -> None:
         await self._greet(f)
         await self._host.registry.save_setup(f)
+        await self._wait_for_destination(f)
         self._progress.setup_done()
         self._advance(MigrationStatus.ACTIVE)
         await self._iterate(f)
@@ -203,6 +204,17 @@ class OutgoingMigration:
                     f"the peer at {self.peer} is a QEMU, and a QEMU exits on sections it does not know: "
                     + ", ".join(names)
                 )
+
+    async def _wait_for_destination(self, f: OutgoingStream) -> None:
+        """Send no page before the destination has its blocks: its workload may still be on the way."""
+        if self._return_path is None:
+            return
+        f.put_command(Command.PING, ping_payload(SETUP_PING))
+        await f.drain()
+        settings = self._host.settings
+        # The destination's own limit is attach-timeout; what it says then tells more than our silence.
+        patience_s = settings.seconds("x-migrated-answer-timeout") + settings.silence_timeout_s()
+        await self._return_path.wait_setup_loaded(patience_s)
 
     def _advance(self, status: MigrationStatus) -> None:
         if not self.status.advance(status):

@@ -33,6 +33,8 @@ from migrated.wire.return_path import (
 )
 
 FIRST_PING = 1
+#: Sent behind the START sections.
+SETUP_PING = 2
 
 
 class PeerKind(StrEnum):
@@ -51,7 +53,8 @@ class ReturnPathReader:
         self._stream = stream
         self.kind: asyncio.Future[PeerKind] = asyncio.get_running_loop().create_future()
         self.answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self.pong_seen = asyncio.Event()
+        self.setup_loaded = asyncio.Event()
+        """Set once the destination has read the START sections: its blocks are there, and fit."""
         self._greeted = False
         self._reason = ""
 
@@ -83,7 +86,8 @@ class ReturnPathReader:
                 self._greeted |= value == PEER_PONG
                 if value == FIRST_PING and not self.kind.done():
                     self.kind.set_result(PeerKind.MIGRATED if self._greeted else PeerKind.QEMU)
-                self.pong_seen.set()
+                if value == SETUP_PING:
+                    self.setup_loaded.set()
             case Reason(text=text):
                 self._reason = text
             case RequestPages() | ReceivedBitmap() | ResumeAck() | SwitchoverAck():
@@ -109,6 +113,14 @@ class ReturnPathReader:
                 return await asyncio.shield(self.kind)
         except TimeoutError as error:
             raise ChannelTimeout(f"no PONG within {timeout_s:g} s", phase="detecting the peer") from error
+
+    async def wait_setup_loaded(self, timeout_s: float) -> None:
+        """Wait until the destination has taken the START sections; it may have to wait for its workload first."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.setup_loaded.wait()
+        except TimeoutError as error:
+            raise ChannelTimeout(f"no PONG within {timeout_s:g} s", phase="the destination sets up") from error
 
 
 class ReturnPathWriter:

@@ -13,8 +13,8 @@ from migrated.errors import CommandError
 from tests.support.following import assert_still_runs, run_state, wait_status, wait_until
 from tests.support.proxy import Proxy
 
-#: Three PONGs (magic, its greeting, 1) of eight bytes: what comes after them is the answer.
-PONGS_BYTES = 24
+#: Four PONGs (magic, its greeting, 1, 2) of eight bytes: what comes after them is the answer.
+PONGS_BYTES = 32
 
 
 @pytest.fixture
