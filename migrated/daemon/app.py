@@ -134,7 +134,9 @@ class Daemon:
         """Decide what this host is, from its record first and its configuration second."""
         match ownership.record.hold:
             case Hold.OWNER:
-                return RunState.RUNNING
+                return ownership.record.run_state
+            case Hold.PARTIAL:
+                return RunState.INMIGRATE
             case Hold.RELEASED | Hold.ACCEPTED:
                 self._log.error("outcome_unknown", text=ownership.text(), next_step=ownership.next_step())
                 return RunState.FINISH_MIGRATE

@@ -211,6 +211,13 @@ class Machine:
         finally:
             self._lost_waiters -= 1
 
+    async def arrival_lost(self) -> None:
+        """Wait until a workload that had a part of the arriving machine is gone, then raise."""
+        while self._arrival_lost is None:
+            changed = self._changed
+            await changed.wait()
+        raise self._arrival_lost
+
     def _why_hold(self) -> str:
         return "a migration is under way" if self._lost_waiters else ""
 
@@ -257,8 +264,10 @@ class Machine:
         await self._tell(self.workloads.values(), lambda workload: workload.moved(peer))
 
     async def release(self) -> None:
-        """Let go of the memory that no workload maps."""
+        """Let go of the memory that no workload maps, and of what was lost with those that left."""
         self._drop_unmapped("released")
+        self._arriving = False
+        self._arrival_lost = None
 
     async def begin_incoming(self) -> None:
         """Make room for a machine that arrives: run state ``inmigrate``. Raises WorkloadError when one is here."""

@@ -24,11 +24,11 @@ from migrated.errors import (
     ProtocolError,
     RemoteProtocolError,
 )
-from migrated.migration.host import OPTIONAL_SECTIONS, Host, insist
+from migrated.migration.host import OPTIONAL_SECTIONS, Host, first_error, insist
 from migrated.migration.ownership import Hold
 from migrated.migration.progress import Progress
 from migrated.migration.return_path import PeerKind, ReturnPathWriter
-from migrated.model.runstate import RunState
+from migrated.model.runstate import RESTING, RunState
 from migrated.model.status import INCOMING, MigrationStatus, StatusCell
 from migrated.stream.incoming import PATIENCE, IncomingStream
 from migrated.transport.channel import Channel
@@ -54,7 +54,15 @@ PAGE_BITS = 12
 class IncomingMigration:
     """Runs once for one connection. `error` and `status` say how it ended; nothing is raised out of `run`."""
 
-    def __init__(self, host: Host, progress: Progress, channel: Channel, *, migration_id: str) -> None:
+    def __init__(
+        self,
+        host: Host,
+        progress: Progress,
+        channel: Channel,
+        *,
+        migration_id: str,
+        autostart: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._host = host
         self._progress = progress
         self._channel = channel
@@ -67,6 +75,9 @@ class IncomingMigration:
         channel.silence_timeout_s = host.settings.silence_timeout_s()
         self._stream = IncomingStream(channel, silence_timeout_s=host.settings.silence_timeout_s)
         self._return_path = ReturnPathWriter(channel)
+        self._autostart = autostart
+        self._group: asyncio.TaskGroup | None = None
+        self._watcher: asyncio.Task[None] | None = None
         self._taken_over = False
         self._task: asyncio.Task[None] | None = None
 
@@ -149,15 +160,22 @@ class IncomingMigration:
     async def _load(self) -> None:
         first = await self._handshake()
         self.status.advance(MigrationStatus.ACTIVE)
-        async with self._host.lock:
-            await self._host.registry.load_setup(self._stream)
-        self._progress.setup_done()
         # The first section follows at once, whoever sends; only then may a source have reasons to be silent for long.
         self._stream.idle_timeout_s = PATIENCE * self._host.settings.silence_timeout_s()
-        await self._elements(first)
-        await self._description()
+        await self._watched(first)
         await self._check_complete()
         await self._take_over()
+
+    async def _watched(self, first: int) -> None:
+        """Read to the end, beside what makes the rest worthless: a workload that leaves with a part of the machine."""
+        try:
+            async with asyncio.TaskGroup() as self._group:
+                await self._elements(first)
+                await self._description()
+                if self._watcher is not None:
+                    self._watcher.cancel()
+        except BaseExceptionGroup as error:
+            raise first_error(error) from None
 
     async def _handshake(self) -> int:
         """Read header and configuration, all within one deadline; return the first element's type byte."""
@@ -231,10 +249,17 @@ class IncomingMigration:
                 expected="OPEN_RETURN_PATH (capability return-path on a QEMU source)",
                 found="a section; set x-migrated-allow-no-return-path=true to load it all the same",
             )
-        self._host.ownership.require_may_receive()
-        async with self._host.lock:
-            await self._host.machine.begin_incoming()
-        self.touched = True
+        host = self._host
+        host.ownership.require_may_receive()
+        async with host.lock:
+            await host.machine.begin_incoming()
+            if host.ownership.record.hold is Hold.NONE:
+                await host.ownership.become(Hold.PARTIAL, peer=self.peer, migration_id=self.migration_id)
+            self.touched = True
+            await host.registry.load_setup(self._stream)
+        if self._group is not None:
+            self._watcher = self._group.create_task(host.machine.arrival_lost())
+        self._progress.setup_done()
         if self._return_path.peer is not PeerKind.MIGRATED:
             self._stream.idle_timeout_s = None
 
@@ -284,10 +309,11 @@ class IncomingMigration:
         host = self._host
         if self.kind is PeerKind.QEMU:
             await self._commit_with_qemu()
+        state = self._run_state()
         async with host.lock:
-            await host.ownership.become(Hold.OWNER, peer=self.peer, migration_id=self.migration_id)
+            await host.ownership.become(Hold.OWNER, peer=self.peer, migration_id=self.migration_id, run_state=state)
             try:
-                await self._start_machine()
+                await self._start_machine(state)
             except MigratedError:
                 await host.ownership.become(Hold.MOVED, peer=self.peer, migration_id=self.migration_id)
                 raise
@@ -299,12 +325,18 @@ class IncomingMigration:
                 # The machine runs here. The source will say "unknown"; this host knows.
                 host.log.warning("answer_not_delivered", error=str(error), migration_id=self.migration_id)
 
-    async def _start_machine(self) -> None:
+    def _run_state(self) -> RunState:
+        """Return what the machine does here: what it did there, unless it is to wait for `cont`."""
         state = self._host.global_state.received or RunState.RUNNING
+        if state is RunState.RUNNING:
+            return RunState.RUNNING if self._autostart() else RunState.PAUSED
+        return state if state in RESTING else RunState.PAUSED
+
+    async def _start_machine(self, state: RunState) -> None:
         if state is RunState.RUNNING:
             await self._host.machine.cont()
         else:
-            self._host.machine.set_run_state(RunState.PAUSED if state is RunState.FINISH_MIGRATE else state)
+            self._host.machine.set_run_state(state)
 
     async def _commit_with_qemu(self) -> None:
         """Send SHUT 0 and wait for the source's orderly end; only then may the machine run here."""

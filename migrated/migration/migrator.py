@@ -21,7 +21,7 @@ from migrated.migration.ownership import Hold
 from migrated.migration.progress import Progress
 from migrated.model.runstate import RunState
 from migrated.model.status import is_running
-from migrated.transport.address import parse_address
+from migrated.transport.address import TcpAddress, parse_address
 from migrated.transport.channel import Channel
 from migrated.transport.dial import dial
 from migrated.transport.listen import Listener, listen
@@ -53,7 +53,8 @@ class Migrator:
         """The incoming migration that the present outgoing one came after."""
         self._listener: Listener | None = None
         self._fds: dict[str, int] = {}
-        self._half_loaded = False
+        self._autostart = True
+        """False after a `stop` while a machine is awaited: it is to arrive paused, as QEMU has it."""
         self._subscribers: list[Emit] = []
 
     # -- events ------------------------------------------------------------------------------------------------
@@ -140,15 +141,24 @@ class Migrator:
 
     async def incoming(self, uri: str) -> None:
         """Open a listener (``migrate-incoming``). Raises CommandError."""
-        if self._listener is not None:
+        if self._listener is not None and not self._listener.over:
             raise CommandError("The incoming migration has already been started")
         if self._host.machine.run_state not in (RunState.INMIGRATE, RunState.POSTMIGRATE):
             raise CommandError("'-incoming' was not specified on the command line")
         await self.open_listener(uri)
 
     async def open_listener(self, uri: str) -> None:
-        """Listen for machines on ``uri``. A machine that comes while one runs here is refused with the reason."""
-        self._listener = await listen(parse_address(uri), self._receive, allow=self._allow, fds=self._take_fd)
+        """Listen for machines on ``uri``. A machine that comes while one runs here is refused with the reason.
+
+        Raises CommandError for an address that strangers can reach while nobody is named in ``allow``.
+        """
+        address = parse_address(uri)
+        if isinstance(address, TcpAddress) and not address.is_loopback and not self._allow:
+            raise CommandError(
+                f"{address} can be reached from other hosts, and peers are not authenticated. Next: name those that may"
+                ' connect in the configuration ([migration] allow = ["10.0.0.7", ...]), or listen on a loopback address'
+            )
+        self._listener = await listen(address, self._receive, allow=self._allow, fds=self._take_fd)
         self._host.log.info("waiting_for_machine", addresses=self._listener.addresses)
 
     async def _receive(self, channel: Channel) -> None:
@@ -156,41 +166,55 @@ class Migrator:
             self._host.log.warning("connection_refused", peer=channel.peer, reason=BUSY)
             channel.abort()
             return
-        incoming = IncomingMigration(self._host, self._incoming_progress, channel, migration_id=uuid.uuid4().hex)
+        incoming = IncomingMigration(
+            self._host,
+            self._incoming_progress,
+            channel,
+            migration_id=uuid.uuid4().hex,
+            autostart=lambda: self._autostart,
+        )
         self._incoming = incoming
         await asyncio.shield(incoming.start(self._spawn))
-        # A stranger who came and went in between changes nothing: memory that was half loaded still is.
-        self._half_loaded = (self._half_loaded or incoming.touched) and not self._host.ownership.may_run
+        self._autostart = self._autostart or self._host.ownership.may_run
 
     # -- the machine -------------------------------------------------------------------------------------------
 
     async def stop(self) -> None:
         """Stop the machine (QMP ``stop``)."""
         async with self._host.lock:
-            if self._host.machine.run_state is RunState.RUNNING:
-                await self._host.machine.stop(RunState.PAUSED)
+            match self._host.machine.run_state:
+                case RunState.RUNNING:
+                    await self._host.machine.stop(RunState.PAUSED)
+                    await self._host.ownership.become(Hold.OWNER, run_state=RunState.PAUSED)
+                case RunState.INMIGRATE:
+                    self._autostart = False
+                case RunState.FINISH_MIGRATE if not self._host.ownership.outcome_unknown:
+                    raise CommandError(
+                        "the machine is stopped for its switchover and goes on wherever that ends."
+                        " Next: `migrate_cancel`, then `stop`"
+                    )
 
     async def cont(self) -> None:
         """Start the machine (QMP ``cont``), if this host may. Raises CommandError with the reason and next step."""
         if self.busy:
             raise CommandError("Migration is not finalized yet")
         self._host.ownership.require_may_start()
-        if self._half_loaded:
-            raise CommandError(
-                "an arriving machine was loaded only in part. Next: migrate it again, or restart the workload and the"
-                " daemon to begin afresh"
-            )
         async with self._host.lock:
-            await self._host.ownership.become(Hold.OWNER)
+            await self._host.ownership.become(Hold.OWNER, run_state=RunState.RUNNING)
             await self._host.machine.cont()
 
     async def release(self) -> None:
-        """Let go of the memory of a machine that moved away (``x-migrated-release``)."""
-        if (
-            self._host.machine.run_state is not RunState.POSTMIGRATE
-            or self._host.ownership.record.hold is not Hold.MOVED
-        ):
-            raise CommandError("only the memory of a machine that moved away can be released")
+        """Let go of the memory of a machine that moved away, or came only in part (``x-migrated-release``)."""
+        ownership = self._host.ownership
+        if self.busy:
+            raise CommandError(BUSY)
+        if ownership.record.hold not in (Hold.MOVED, Hold.PARTIAL):
+            raise CommandError("only the memory of a machine that moved away, or came only in part, can be released")
+        if ownership.record.hold is Hold.PARTIAL:
+            mappings = [mapping for block in self._host.machine.ram_blocks() for mapping in block.mappings]
+            if names := ", ".join(sorted({mapping.workload for mapping in mappings})):
+                raise CommandError(f"the memory is still mapped by {names}. Next: end it, then release again")
+            await ownership.become(Hold.NONE)
         await self._host.machine.release()
 
     async def resolve(self, peer_is_fenced: bool, peer_is_running: bool) -> None:
@@ -204,9 +228,9 @@ class Migrator:
             "outcome_resolved_by_operator", peer_is_fenced=peer_is_fenced, peer=ownership.record.peer
         )
         async with self._host.lock:
-            await ownership.become(Hold.OWNER if peer_is_fenced else Hold.MOVED, peer=ownership.record.peer)
+            hold = Hold.OWNER if peer_is_fenced else Hold.MOVED
+            await ownership.become(hold, peer=ownership.record.peer, run_state=RunState.PAUSED)
             if peer_is_fenced:
-                self._half_loaded = False
                 self._host.machine.set_run_state(RunState.PAUSED)
             else:
                 self._host.machine.set_run_state(RunState.POSTMIGRATE)
@@ -244,7 +268,7 @@ class Migrator:
             answer["x-migrated-outcome"] = report.outcome(self._host.ownership)
         elif incoming is not None:
             answer = report.describe_incoming(incoming, self._incoming_progress)
-        if self._listener is not None:
+        if self._listener is not None and not self._listener.over:
             answer["socket-address"] = self._listener.addresses
         return answer
 

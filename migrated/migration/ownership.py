@@ -6,13 +6,15 @@ again when the destination says that it did not start. Without an answer it stay
 
     record      | may run here | how it ends
     ------------+--------------+---------------------------------------------------------------
-    none        | once asked   | `cont` makes it owner; an arriving machine makes it owner
+    none        | once asked   | `cont` makes it owner; the first section of an arriving machine makes it partial
+    partial     | no           | a whole machine: owner; its memory is let go: none
     owner       | yes          | the last byte goes out: released; an arrived machine that cannot start goes back: moved
     released    | no           | answer: moved or owner; no answer: an operator's `resolve`
     moved       | no           | the machine comes back: owner
     accepted    | no           | a QEMU source was told SHUT 0; its orderly close: owner; else `resolve`
 
-The epoch only grows, by one with each change of owner.
+The epoch only grows, by one with each change of owner. The run state beside it is an owner's: a machine that an
+operator stopped stays stopped when the daemon restarts.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from enum import StrEnum
 from typing import Any
 
 from migrated.errors import CommandError, ConfigError
+from migrated.model.runstate import RESTING, RunState
 from migrated.savevm.ports import RecordStore
 
 
@@ -30,6 +33,7 @@ class Hold(StrEnum):
     """What this host's record says about the machine."""
 
     NONE = "none"
+    PARTIAL = "partial"
     OWNER = "owner"
     RELEASED = "released"
     MOVED = "moved"
@@ -38,7 +42,8 @@ class Hold(StrEnum):
 
 #: Which record may follow which; the one place that knows.
 NEXT: Mapping[Hold, frozenset[Hold]] = {
-    Hold.NONE: frozenset({Hold.OWNER, Hold.ACCEPTED}),
+    Hold.NONE: frozenset({Hold.OWNER, Hold.PARTIAL}),
+    Hold.PARTIAL: frozenset({Hold.OWNER, Hold.ACCEPTED, Hold.NONE}),
     Hold.OWNER: frozenset({Hold.RELEASED, Hold.MOVED}),
     Hold.RELEASED: frozenset({Hold.MOVED, Hold.OWNER}),
     Hold.MOVED: frozenset({Hold.OWNER, Hold.ACCEPTED}),
@@ -48,6 +53,13 @@ NEXT: Mapping[Hold, frozenset[Hold]] = {
 #: (what is known, what to do next)
 ADVICE: Mapping[Hold, tuple[str, str]] = {
     Hold.NONE: ("no machine has run here yet", "wait for a migration, or `cont` to start the machine on this host"),
+    Hold.PARTIAL: (
+        "an arriving machine was loaded only in part",
+        (
+            "migrate it again; or, to begin afresh, end the workload here, let go of its memory (`migratectl release`)"
+            " and start it anew"
+        ),
+    ),
     Hold.OWNER: ("this host owns the machine", "nothing"),
     Hold.RELEASED: (
         "the outcome is unknown: the last byte went to {peer} and no answer came back; the machine may run there",
@@ -72,6 +84,8 @@ class Record:
     epoch: int = 0
     peer: str = ""
     migration_id: str = ""
+    run_state: RunState = RunState.RUNNING
+    """What an owner's machine does: it runs, or rests for a reason of its own (``paused``, ``shutdown``, ...)."""
 
 
 class Ownership:
@@ -90,25 +104,35 @@ class Ownership:
     def outcome_unknown(self) -> bool:
         return self.record.hold in (Hold.RELEASED, Hold.ACCEPTED)
 
-    async def become(self, hold: Hold, *, peer: str = "", migration_id: str = "") -> None:
-        """Write a new record and return when it would survive a crash. Raises OSError when it cannot be written."""
+    async def become(
+        self, hold: Hold, *, peer: str = "", migration_id: str = "", run_state: RunState | None = None
+    ) -> None:
+        """Write a new record and return when it would survive a crash. Raises OSError when it cannot be written.
+
+        ``run_state`` is what an owner's machine does from now on; without it, it does what it did.
+        """
         now = self.record
         if hold is now.hold and hold is Hold.OWNER:
+            if run_state not in (None, now.run_state):
+                await self._write(replace(now, run_state=run_state))
             return
         if hold not in NEXT[now.hold]:
             raise CommandError(f"the record says {now.hold.value}, it cannot become {hold.value}: {self.text()}")
-        new = replace(now, hold=hold, peer=peer, migration_id=migration_id)
+        new = replace(now, hold=hold, peer=peer, migration_id=migration_id, run_state=run_state or now.run_state)
         if hold is Hold.OWNER and now.hold is not Hold.RELEASED:
             new = replace(new, epoch=now.epoch + 1)
         if hold is Hold.MOVED:
             # A fact that is known stays known in this process even if it cannot be written; on disk `released` stays.
             self.record = new
-        await self._store.write(asdict(new) | {"hold": new.hold.value})
+        await self._write(new)
+
+    async def _write(self, new: Record) -> None:
+        await self._store.write(asdict(new) | {"hold": new.hold.value, "run_state": new.run_state.value})
         self.record = new
 
     def require_may_start(self) -> None:
         """Raise CommandError, with the reason and the next step, where `cont` may not start the machine."""
-        if self.record.hold in (Hold.RELEASED, Hold.MOVED, Hold.ACCEPTED):
+        if self.record.hold not in (Hold.NONE, Hold.OWNER):
             raise CommandError(f"{self.text()}. Next: {self.next_step()}")
 
     def require_may_receive(self) -> None:
@@ -140,7 +164,11 @@ def _parse(raw: Mapping[str, Any] | None) -> Record:
     if raw is None:
         return Record()
     try:
-        return Record(Hold(raw["hold"]), int(raw["epoch"]), str(raw.get("peer", "")), str(raw.get("migration_id", "")))
+        run_state = RunState(raw.get("run_state", RunState.RUNNING))
+        if run_state not in RESTING | {RunState.RUNNING}:
+            raise ValueError(f"'{run_state}' is not what an owner's machine does")
+        peer, migration_id = str(raw.get("peer", "")), str(raw.get("migration_id", ""))
+        return Record(Hold(raw["hold"]), int(raw["epoch"]), peer, migration_id, run_state)
     except (KeyError, ValueError, TypeError) as error:
         raise ConfigError(
             "ownership record", "hold", f"cannot be understood ({error}); move it away only if you know who runs it"

@@ -124,6 +124,10 @@ class MachinePort(Protocol):
         """Wait until a watched workload is gone, then raise WorkloadError naming it. Never returns."""
         ...
 
+    async def arrival_lost(self) -> None:
+        """Wait until a workload that had a part of the arriving machine is gone, then raise WorkloadError naming it."""
+        ...
+
     async def wait_declared(self, blocks: Iterable[str], devices: Iterable[str], timeout_s: float) -> None:
         """Wait until all named blocks and devices are declared and their workloads said ready.
 

@@ -56,6 +56,11 @@ class Listener:
             return [{"type": "fd", "str": self.address.name}]
         return [_qmp_address(sock) for sock, _ in self._sockets]
 
+    @property
+    def over(self) -> bool:
+        """True when the one channel there was has been handled: nothing can come here any more."""
+        return self._single is not None and self._task is not None and self._task.done()
+
     async def open(self, fds: TakeFd) -> None:
         """Bind, or open the one channel there is, and start. `listen` calls this. Raises as `listen` does."""
         match self.address:

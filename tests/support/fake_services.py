@@ -173,6 +173,9 @@ class FakeMachine:
     async def lost(self) -> None:
         raise NotImplementedError
 
+    async def arrival_lost(self) -> None:
+        raise NotImplementedError
+
     async def wait_declared(self, blocks: Iterable[str], devices: Iterable[str], timeout_s: float) -> None:
         raise NotImplementedError
 

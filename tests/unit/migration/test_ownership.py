@@ -9,6 +9,7 @@ import pytest
 
 from migrated.errors import CommandError, ConfigError
 from migrated.migration.ownership import ADVICE, NEXT, Hold, Ownership
+from migrated.model.runstate import RunState
 
 
 class MemoryStore:
@@ -62,7 +63,7 @@ def test_who_may_start_and_who_may_receive(hold: Hold) -> None:
     refused = pytest.raises(CommandError)
     with contextlib.nullcontext() if hold in (Hold.NONE, Hold.OWNER) else refused:
         ownership.require_may_start()
-    with contextlib.nullcontext() if hold in (Hold.NONE, Hold.MOVED) else refused:
+    with contextlib.nullcontext() if hold in (Hold.NONE, Hold.PARTIAL, Hold.MOVED) else refused:
         ownership.require_may_receive()
 
 
@@ -74,6 +75,26 @@ def test_every_state_says_what_is_known_and_what_is_next(hold: Hold) -> None:
     assert answer["next-step"]
     assert "{" not in str(answer["text"])
     assert hold in ADVICE
+
+
+async def test_what_an_owner_does_is_kept_until_somebody_changes_it() -> None:
+    store = MemoryStore()
+    await Ownership(store).become(Hold.OWNER)
+    assert Ownership(store).record.run_state is RunState.RUNNING
+    await Ownership(store).become(Hold.OWNER, run_state=RunState.PAUSED)
+    for hold in (Hold.OWNER, Hold.RELEASED, Hold.OWNER):
+        await Ownership(store).become(hold)
+        assert Ownership(store).record.run_state is RunState.PAUSED
+
+
+def test_a_record_from_before_run_states_were_kept_is_read() -> None:
+    assert at(Hold.OWNER).record.run_state is RunState.RUNNING
+
+
+@pytest.mark.parametrize("run_state", ["finish-migrate", "flying", ""])
+def test_a_run_state_that_no_owner_has_is_refused(run_state: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be understood"):
+        Ownership(MemoryStore({"hold": "owner", "epoch": 1, "run_state": run_state}))
 
 
 async def test_a_record_that_cannot_be_written_is_not_taken_as_written() -> None:
