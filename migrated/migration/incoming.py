@@ -225,6 +225,10 @@ class IncomingMigration:
             ahead = None
             match element:
                 case EndOfFile():
+                    if not self.touched:
+                        raise RemoteProtocolError(
+                            "the stream ended without a machine", expected="sections", found="end of file"
+                        )
                     return
                 case CommandHeader():
                     await self._command(element)
@@ -293,6 +297,10 @@ class IncomingMigration:
         left = await self._stream.run(parse_vmdescription_length())
         while left:
             left -= len(await self._stream.read_exactly(min(left, 4096)))
+        if self._return_path.opened and (behind := len(self._stream.peek())):
+            raise RemoteProtocolError(
+                "the source goes on after its description", expected="nothing behind it", found=f"{behind} bytes"
+            )
 
     async def _check_complete(self) -> None:
         for check in self._host.completeness:

@@ -176,6 +176,10 @@ class Migrator:
         self._incoming = incoming
         await asyncio.shield(incoming.start(self._spawn))
         self._autostart = self._autostart or self._host.ownership.may_run
+        if incoming.touched and incoming is not self._arrived_before:
+            # What came before is history: a stranger after this one must not bring it back into `query`. (A migration
+            # that began between this one's end and here came after it, and stays.)
+            self._outgoing = None
 
     # -- the machine -------------------------------------------------------------------------------------------
 

@@ -15,8 +15,9 @@ from migrated.transport.address import TcpAddress
 from migrated.transport.dial import AddressInfo
 from migrated.transport.unix_path import claim_path, finish_path
 
-#: One migration at a time: what waits longer than this in the kernel would be refused anyway.
-BACKLOG = 8
+#: One migration at a time, but the others are to be refused, not kept waiting: where the backlog is full, the kernel
+#: drops a source's first packet, and it tries again only after a second.
+BACKLOG = 128
 #: A migration stream may overwrite memory: only the daemon's own user may connect to its Unix socket.
 UNIX_MODE = 0o600
 

@@ -1,0 +1,248 @@
+"""Streams that must be refused, each with what the refusal has to say: one table.
+
+The rule of the file: data only, made with `craft`. A case begins as a good stream does and goes wrong at one place;
+`says` lists what an operator must find in the refusal: what, where, expected, found.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tests.support import craft
+from tests.support.craft import CONTINUE, EOS, FULL, PAGE, PART, RAM_ID, START, WHOLE, ZERO
+
+MEMORY = {"mem0": random.Random(1).randbytes(6 * PAGE) + bytes(9 * PAGE) + b"\7" * PAGE, "vram": bytes(4 * PAGE)}
+DEVICES = {"disk": bytes(range(16))}
+BLOCKS = {name: len(content) for name, content in MEMORY.items()}
+
+HEAD = craft.header() + craft.configuration()
+LEAD = HEAD + craft.open_return_path()
+RAM = craft.ram_start(craft.block_list(BLOCKS.items()))
+ALL_PAGES = b"".join(craft.ram_part(craft.pages(name, content), PART) for name, content in MEMORY.items())
+WHOLE_RAM = RAM + ALL_PAGES + craft.ram_part(b"")
+TAIL = craft.device("disk", DEVICES["disk"]) + craft.globalstate("paused")
+ALL_BUT_THE_END = LEAD + WHOLE_RAM + TAIL
+HUGE32, HUGE63 = 2**32 - 1, 2**63
+
+
+@dataclass(frozen=True)
+class Case:
+    """One bad stream. ``told``: the source has a return path, so it must be told (SHUT 1)."""
+
+    name: str
+    stream: bytes
+    says: tuple[str, ...]
+    told: bool = True
+
+
+def head(name: str, stream: bytes, *says: str) -> Case:
+    """Refused before there is a return path."""
+    return Case(name, stream, says, told=False)
+
+
+def after_lead(name: str, stream: bytes, *says: str) -> Case:
+    return Case(name, LEAD + stream, says)
+
+
+def in_blocks(name: str, body: bytes, *says: str) -> Case:
+    """Something is wrong with the block list."""
+    return after_lead(f"block list, {name}", craft.ram_start(body), "section ram", *says)
+
+
+def in_pages(name: str, record: bytes, *says: str) -> Case:
+    """Something is wrong with a record behind a good block list."""
+    return after_lead(f"pages, {name}", RAM + craft.short_head(PART, RAM_ID) + record, "section ram", *says)
+
+
+def in_device(name: str, stream: bytes, *says: str) -> Case:
+    return after_lead(f"device, {name}", WHOLE_RAM + stream, *says)
+
+
+def config(name: str, section: bytes, *says: str) -> Case:
+    return head(f"configuration, {name}", craft.header() + section + craft.open_return_path() + RAM, *says)
+
+
+def _head_cases() -> Iterator[Case]:
+    in_head = "section stream header"
+    magic = "expected 0x5145564d"
+    yield head("wrong magic", b"QEVN" + LEAD[4:], "Not a migration stream", magic, "found 0x5145564e", in_head)
+    yield head("http", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "Not a migration stream", magic, in_head)
+    yield head("zeros", bytes(1 << 16), "Not a migration stream", "found 0x0")
+    for seed in range(3):
+        yield head(f"garbage {seed}", random.Random(seed).randbytes(1 << 16), "Not a migration stream", magic)
+    yield head("version 2", craft.header(version=2) + HEAD[8:], "v2 format is obsolete", "expected 3", "found 2")
+    yield head("version 4", craft.header(version=4) + HEAD[8:], "Unsupported migration stream version", "found 4")
+    yield head("no configuration", craft.header() + RAM, "Configuration section missing", "expected 0x07", "found 0x01")
+    multifd = b"\x11\x22\x33\x44" + craft.number(1, 4) + bytes(56)
+    yield head("a multifd channel", multifd, "Not a migration stream", "found 0x11223344")
+
+
+def _configuration_cases() -> Iterator[Case]:
+    bits, names, uuid = (f"configuration/{name}" for name in ("target-page-bits", "capabilities", "uuid"))
+    for name in ("other", "no", "nonesuch", ""):
+        yield config(
+            f"machine type {name!r}",
+            craft.configuration(name),
+            f"Machine type received is '{name}' and local is 'none'",
+        )
+    yield config("long name", craft.configuration(length=HUGE32), "too long", "at most 255", f"found {HUGE32}")
+    yield config("name no text", b"\x07" + craft.number(4, 4) + b"\xff\xfe\xfd\xfc", "not UTF-8", "configuration")
+
+    def sub(title: str, body: bytes, version: int = 1) -> bytes:
+        return craft.configuration(subsections=craft.subsection(title, body, version))
+
+    yield config(
+        "unknown subsection", sub("configuration/magic", b""), "unknown subsection", "found configuration/magic"
+    )
+    yield config("subsection v9", sub(uuid, bytes(16), 9), f"unsupported version of subsection {uuid}", "found 9")
+    twice = craft.configuration(subsections=craft.subsection(uuid, bytes(16)) * 2)
+    yield config("subsection twice", twice, "subsection sent twice", uuid)
+    yield config("page bits", sub(bits, craft.number(14, 4)), "Received TARGET_PAGE_BITS is 14 but local is 12")
+    one = craft.number(1, 4) + craft.name("x-ignore-shared")
+    yield config("capability", sub(names, one), "Capability x-ignore-shared is off, but received capability is on")
+    yield config("capabilities", sub(names, craft.number(HUGE32, 4)), "too long", "at most 64", f"found {HUGE32}")
+
+
+def _command_cases() -> Iterator[Case]:
+    yield head("ping without return path", HEAD + craft.ping(7), "CMD_PING (0x7) received with no return path")
+    no_path = "did not open a return path", "expected OPEN_RETURN_PATH", "x-migrated-allow-no-return-path"
+    yield head("no return path", HEAD + RAM, *no_path)
+    yield after_lead("command 0", craft.command(0), "MIG_CMD 0x0 unknown (len 0x0)")
+    yield after_lead("command 99", craft.command(99, b"abc"), "MIG_CMD 0x63 unknown (len 0x3)")
+    yield after_lead("long ping", craft.command(craft.PING, bytes(8)), "PING received with bad length", "expecting 4")
+    for number, name, payload in (
+        (3, "POSTCOPY_ADVISE", craft.number(PAGE, 8) * 2),
+        (3, "POSTCOPY_ADVISE", b""),
+        (4, "POSTCOPY_LISTEN", b""),
+        (5, "POSTCOPY_RUN", b""),
+        (6, "POSTCOPY_RAM_DISCARD", b"\0" + craft.name("mem0") + b"\0" + craft.number(PAGE, 8) * 2),
+        (7, "PACKAGED", craft.number(HUGE32, 4)),
+        (8, "ENABLE_COLO", b""),
+        (9, "POSTCOPY_RESUME", b""),
+        (10, "RECV_BITMAP", craft.name("mem0")),
+        (11, "SWITCHOVER_START", b""),
+    ):
+        says = f"command {name} is not implemented", "expected a precopy stream", f"found {name}"
+        yield after_lead(f"{name}, {len(payload)} bytes", craft.command(number, payload), *says)
+    yield after_lead("postcopy in the middle", WHOLE_RAM + craft.command(4), "POSTCOPY_LISTEN is not implemented")
+
+
+def _element_cases() -> Iterator[Case]:
+    for kind in (5, 6, 7, 9, 0x7E, 0xFF):
+        yield after_lead(f"element {kind}", bytes([kind]) + bytes(40), f"Unknown savevm section type {kind}")
+    unknown = "Unknown savevm section"
+    yield after_lead("PART of nothing", craft.ram_part(b"", PART, 77), f"{unknown} 77", "found a PART section")
+    yield after_lead("END of nothing", craft.ram_part(b"", 3, HUGE32), f"{unknown} {HUGE32}", "found a END section")
+    yield after_lead("no idstr", craft.full_head(FULL, 9, "", 0, 1), "Unable to read ID string for section 9")
+    yield after_lead("idstr no text", craft.full_head(FULL, 9, b"\xff\xfe", 0, 1), "not UTF-8")
+    yield after_lead("ram v3", craft.full_head(START, 2, "ram", 0, 3), "another version", "expected 4", "found 3")
+    yield after_lead("ram v5", craft.full_head(START, 2, "ram", 0, 5), "unsupported version 5 for 'ram' v4")
+    yield after_lead("ram 1", craft.full_head(START, 2, "ram", 1, 4), "not declared within", "device ram")
+    yield after_lead("nothing at all", craft.EOF + craft.description(), "the stream ended without a machine")
+    short = craft.short_head(3, RAM_ID) + craft.record(EOS)
+    yield after_lead("no footer", RAM + short + b"\x08", "Missing section footer for ram", "0x7e", "found 0x08")
+    wrong = short + craft.footer(9)
+    yield after_lead("wrong footer", RAM + wrong, "Mismatched section id in footer for ram - read 0x9 expected 0x2")
+
+
+def _block_cases() -> Iterator[Case]:
+    good = list(BLOCKS.items())
+    yield in_blocks("wrong size", craft.block_list([("mem0", 17 * PAGE)]), "Size mismatch: mem0: 0x11000 != 0x10000")
+    yield in_blocks("twice", craft.block_list([*good, good[0]]), "bad name in the block list", "found 'mem0' twice")
+    yield in_blocks("no name", craft.block_list([("", PAGE)]), "bad name in the block list", "found ''")
+    yield in_blocks("name no text", craft.block_list([(b"\xff\xff", PAGE)]), "not UTF-8")
+    yield in_blocks(
+        "odd length", craft.block_list([("mem0", 4097)], PAGE * 2), "bad length", "0x1001", "multiple of 4096"
+    )
+    yield in_blocks("length 0", craft.block_list([("mem0", 0)], PAGE), "bad length of RAM block 'mem0'", "found 0x0")
+    huge = craft.block_list([("mem0", HUGE63)], HUGE63)
+    yield in_blocks("length 2^63", huge, "mem0", f"{HUGE63:#x}", "expected")
+    yield in_blocks("more than the total", craft.block_list(good, 5 * PAGE), "bad length", "at most 0x5000", "0x10000")
+    many = [(f"b{i}", PAGE) for i in range(5000)]
+    yield in_blocks("5000 blocks", craft.block_list(many), "too many RAM blocks", "at most 4096")
+    again = RAM + craft.short_head(PART, RAM_ID) + craft.block_list(good)
+    yield after_lead("block list, again", again, "Unknown combination of migration flags: 0x4", "section ram")
+    unknown = craft.ram_start(craft.block_list([("ghost", PAGE)]))
+    yield after_lead("block list, unknown block", unknown, "not declared within", "RAM block ghost")
+
+
+def _page_cases() -> Iterator[Case]:
+    page = bytes(PAGE)
+    first = craft.record(WHOLE, "mem0", b"x" * PAGE)
+    yield in_pages(
+        "beyond", craft.record(0x10000 | WHOLE, "mem0", page), "Illegal RAM offset 10000", "10000 in block mem0"
+    )
+    yield in_pages("beyond, zero", craft.record(0x10000 | ZERO, "mem0", b"\0"), "Illegal RAM offset 10000")
+    yield in_pages("2^63", craft.record(HUGE63 | WHOLE, "mem0", page), "Illegal RAM offset 8000000000000000")
+    run = b"".join(craft.record(i * PAGE | ZERO | CONTINUE, None, b"\0") for i in range(1, 20))
+    yield in_pages("beyond in a run", first + run, "Illegal RAM offset 10000", "expected less than")
+    run = b"".join(craft.record(i * PAGE | WHOLE | CONTINUE, None, page) for i in range(1, 20))
+    yield in_pages("beyond in a run of pages", first + run, "Illegal RAM offset 10000", "expected less than")
+    yield in_pages("unknown block", craft.record(WHOLE, "ghost", page), "Can't find block ghost")
+    yield in_pages("block no text", craft.record(WHOLE, b"\xff\xfe", page), "not UTF-8")
+    yield in_pages("continued from nothing", craft.record(WHOLE | CONTINUE, None, page), "Ack, bad migration stream!")
+    for flags in (0, 0x01, 0x18, 0x30, 0x40, 0x80, 0x200, WHOLE | ZERO):
+        said = f"Unknown combination of migration flags: {flags:#x}"
+        yield in_pages(f"flags {flags:#x}", craft.record(flags, "mem0", page), said)
+    yield in_pages("compressed", craft.record(0x100, "mem0", page), "unexpected compressed page")
+    yield in_pages("EOS with an offset", craft.record(PAGE | EOS), "Unknown combination of migration flags: 0x10")
+    before = craft.ram_start(craft.record(EOS)) + craft.ram_part(first)
+    yield after_lead("pages, before the block list", before, "Can't find block mem0", "section ram")
+
+
+def _device_cases() -> Iterator[Case]:
+    yield in_device("unknown", craft.full("0000:00:02.0/e1000", bytes(8)), "not declared within", "0000:00:02.0/e1000")
+    yield in_device("instance 7", craft.full("disk", bytes(8), instance=7), "'disk' 7", "expected one of", "disk/0")
+    yield in_device("version 9", craft.full("disk", bytes(8), version=9), "unsupported version 9 for 'disk' v1")
+    yield in_device("id of ram", craft.full("disk", bytes(8), RAM_ID), "announced twice", "expected ram", "found disk")
+    yield in_device(
+        "2^32 bytes", craft.full("disk", craft.number(HUGE32, 4)), "disk", "too long", f"found {HUGE32} bytes"
+    )
+    yield in_device("promise of 1 GiB", craft.full("disk", craft.number(1 << 30, 4)), "ends too early", "disk (FULL)")
+    yield in_device("too short", craft.full("disk", craft.number(2, 4) + bytes(9)), "Missing section footer for disk")
+    yield in_device("too long", craft.full("disk", craft.number(20, 4) + bytes(9)), "disk", "end")
+    state = craft.number(7, 4) + b"flying".ljust(100, b"\0")
+    yield in_device("run state", craft.full("globalstate", state), "invalid parameter value: flying", "globalstate")
+    state = craft.number(HUGE32, 4) + b"running".ljust(100, b"\0")
+    yield in_device(
+        "run state length", craft.full("globalstate", state), "globalstate", "wrong length", f"found {HUGE32}"
+    )
+    state = craft.number(8, 4) + b"\xff" * 100
+    yield in_device("run state no text", craft.full("globalstate", state), "globalstate")
+
+
+def _end_cases() -> Iterator[Case]:
+    end = craft.EOF + craft.description()
+    yield after_lead(
+        "no pages", RAM + TAIL + end, "before all memory had arrived", "mem0: 16 of 16 pages", "vram: 4 of 4"
+    )
+    one = craft.pages("mem0", MEMORY["mem0"])[: -8 - PAGE]
+    most = RAM + craft.ram_part(one) + craft.ram_part(craft.pages("vram", MEMORY["vram"])) + TAIL
+    yield after_lead("one page missing", most + end, "missing mem0: 1 of 16 pages", "section ram")
+    only = craft.ram_start(craft.block_list([("vram", BLOCKS["vram"])]))
+    only += craft.ram_part(craft.pages("vram", MEMORY["vram"])) + TAIL
+    yield after_lead("one block missing", only + end, "missing mem0: 16 of 16 pages")
+    yield after_lead("no device", WHOLE_RAM + craft.globalstate("running") + end, "without the state of disk/0")
+    nothing = "ends too early", "section vmdescription"
+    yield Case("no description", ALL_BUT_THE_END + craft.EOF, nothing)
+    yield Case("half a description", ALL_BUT_THE_END + end[:-7], nothing)
+    other = "Expected vmdescription section, but got 3"
+    yield Case("something else", ALL_BUT_THE_END + craft.EOF + craft.ram_part(b""), (other,))
+    long = "VMDESCRIPTION is too long", "expected at most 67108864 bytes", f"found {HUGE32} bytes"
+    behind = "the source goes on after its description", "expected nothing behind it", "found 4 bytes"
+    yield Case("something behind it", ALL_BUT_THE_END + end + b"more", behind)
+    yield Case("long description", ALL_BUT_THE_END + craft.EOF + craft.description(b"", HUGE32), long)
+
+
+CASES = [
+    *_head_cases(),
+    *_configuration_cases(),
+    *_command_cases(),
+    *_element_cases(),
+    *_block_cases(),
+    *_page_cases(),
+    *_device_cases(),
+    *_end_cases(),
+]
