@@ -179,6 +179,7 @@ class DowntimeInfo(Shape, frozen=True):
     """Where the downtime went, in milliseconds."""
 
     stop: float | UnsetType = UNSET
+    operator: float | UnsetType = UNSET
     sync: float | UnsetType = UNSET
     ram: float | UnsetType = UNSET
     devices: float | UnsetType = UNSET

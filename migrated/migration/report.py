@@ -51,7 +51,8 @@ def describe_outgoing(migration: OutgoingMigration, progress: Progress, downtime
     answer |= _own_members(progress)
     answer["x-migrated-migration-id"] = migration.migration_id
     answer["x-migrated-peer"] = {"address": migration.peer, "kind": migration.kind.value}
-    answer["x-migrated-eta-ms"] = progress.eta_ms()
+    if (eta_ms := progress.eta_ms()) is not None:
+        answer["x-migrated-eta-ms"] = eta_ms
     return answer
 
 

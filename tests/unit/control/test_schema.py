@@ -9,6 +9,7 @@ import pytest_asyncio
 
 from migrated.control.commands import COMMANDS, EVENTS
 from migrated.control.schema import build_schema
+from migrated.model.stats import DowntimeLedger
 from migrated.savevm.ports import TrackedMapping
 from tests.support.fake_services import FakeBlock, FakeDevice
 from tests.support.qmp_peer import QmpPeer
@@ -33,7 +34,9 @@ FULL_INFO: dict[str, Any] = {
     "x-migrated-dirty-rate-bps": 1, "x-migrated-bandwidth-bps": 2, "x-migrated-eta-ms": 3,
     "x-migrated-passes": [{"pass": 1, "sent-bytes": 2, "dirtied-bytes": 3, "ms": 4.5}],
     "x-migrated-convergence": {"converging": False, "text": "a", "suggestions": ["b"]},
-    "x-migrated-downtime": {"stop": 1.0, "sync": 2, "ram": 3.5, "devices": 0, "record": 1, "answer": 2},
+    "x-migrated-downtime": {
+        "stop": 1.0, "operator": 5.5, "sync": 2, "ram": 3.5, "devices": 0, "record": 1, "answer": 2,
+    },
     "x-migrated-outcome": "source-owns", "x-migrated-peer": {"address": "a", "kind": "qemu"},
     "x-migrated-migration-id": "1f",
 }  # fmt: skip
@@ -85,6 +88,10 @@ async def test_results_are_what_the_schema_says(control: Control, peer: QmpPeer,
     for info in infos:
         control.migrator.info = info
         schema.check(schema.entries[name]["ret-type"], (await peer.execute(name))["return"], name)
+
+
+def test_every_part_of_the_downtime_is_described(schema: QmpSchema) -> None:
+    assert tuple(schema.members("DowntimeInfo")) == DowntimeLedger.PARTS
 
 
 def test_event_data_is_what_the_schema_says(schema: QmpSchema) -> None:
