@@ -19,9 +19,18 @@ from migrated.cli.display import choose_display
 from migrated.cli.exit_code import ExitCode
 from migrated.cli.output import Output
 from migrated.cli.progress import progress_line, read_progress
-from migrated.cli.report import format_address, next_step_lines, report_lines, report_object, status_lines
+from migrated.cli.report import (
+    arrival_lines,
+    arrival_object,
+    format_address,
+    release_lines,
+    release_object,
+    report_lines,
+    report_object,
+    status_lines,
+)
 from migrated.cli.settings import format_value, parse_switches, parse_values
-from migrated.cli.watch import counted_interrupts, wait_for_end
+from migrated.cli.watch import counted_interrupts, wait_for_end, wait_for_load
 from migrated.control.client import QmpClient
 from migrated.errors import ChannelError, CommandError, MigratedError
 
@@ -71,6 +80,16 @@ def daemon(ctx: typer.Context, as_json: bool) -> Iterator[tuple[QmpClient, Outpu
         raise typer.BadParameter(str(error)) from error
 
 
+@contextmanager
+def unknown_when_lost(output: Output, what: str) -> Iterator[None]:
+    """A daemon that is lost while it works ends the program with 6."""
+    try:
+        yield
+    except ChannelError as error:
+        output.refusal(MigratedError(f"{error}: how the {what} ended is unknown, ask 'migratectl status'"))
+        raise typer.Exit(ExitCode.OWNERSHIP_UNKNOWN) from error
+
+
 @app.command()
 def status(ctx: typer.Context, as_json: Json = False) -> None:
     """Show the machine, who owns it, and the migration."""
@@ -96,27 +115,44 @@ def migrate(
         if detach:
             output.result({"status": "setup"}, ["Migration started; 'migratectl status' shows how it goes"])
             return
-        try:
-            with choose_display(output.as_json) as display:
-                code, info = wait_for_end(client, display, interrupts)
-        except ChannelError as error:
-            output.refusal(MigratedError(f"{error}: how the migration ended is unknown, ask 'migratectl status'"))
-            raise typer.Exit(ExitCode.OWNERSHIP_UNKNOWN) from error
+        with unknown_when_lost(output, "migration"), choose_display(output.as_json) as display:
+            code, info = wait_for_end(client, display, interrupts)
         if code is ExitCode.INTERRUPTED:
             output.result(info, ["The migration goes on; 'migratectl status' shows how"])
         else:
             ownership = _if_known(client, "x-migrated-query-ownership") if code else {}
-            output.result(report_object(info, code), [*report_lines(info, code), *next_step_lines(ownership)])
+            output.result(report_object(info, code), report_lines(info, code, ownership))
         raise typer.Exit(code)
 
 
 @app.command()
-def incoming(ctx: typer.Context, uri: str, as_json: Json = False) -> None:
-    """Wait for a machine at URI."""
-    with daemon(ctx, as_json) as (client, output):
+def incoming(
+    ctx: typer.Context,
+    uri: str,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Do not wait for the end of a load.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Wait for a machine at URI. From a file or a command it is loaded at once: wait for the end and report."""
+    with daemon(ctx, as_json) as (client, output), counted_interrupts() as interrupts:
+        earlier = client.execute("query-migrate").get("x-migrated-migration-id")
         client.execute("migrate-incoming", {"uri": uri})
         addresses = client.execute("query-migrate").get("socket-address", [])
-        output.result({"socket-address": addresses}, [f"Waiting at {format_address(one)}" for one in addresses])
+        if addresses or detach:
+            lines = [f"Waiting at {format_address(one)}" for one in addresses]
+            started = "The load has started; 'migratectl status' shows how it goes"
+            output.result({"socket-address": addresses}, lines or [started])
+            return
+        with unknown_when_lost(output, "load"), choose_display(output.as_json) as display:
+            code, info = wait_for_load(client, display, interrupts, earlier)
+        if code is ExitCode.INTERRUPTED:
+            output.result(info, ["The load goes on; 'migratectl status' shows how"])
+            raise typer.Exit(code)
+        ownership = _if_known(client, "x-migrated-query-ownership")
+        if code and ownership.get("record") == "accepted":
+            code = ExitCode.OWNERSHIP_UNKNOWN
+        state = client.execute("query-status")
+        output.result(arrival_object(info, code, state), arrival_lines(info, code, state, ownership))
+        raise typer.Exit(code)
 
 
 @app.command()
@@ -179,7 +215,11 @@ def cont(ctx: typer.Context, as_json: Json = False) -> None:
 @app.command()
 def release(ctx: typer.Context, as_json: Json = False) -> None:
     """Let go of the memory of a machine that has moved away."""
-    _run(ctx, as_json, "x-migrated-release")
+    with daemon(ctx, as_json) as (client, output):
+        before = client.execute("x-migrated-query-machine")
+        client.execute("x-migrated-release")
+        done = release_object(before, client.execute("x-migrated-query-machine"))
+        output.result(done, release_lines(done))
 
 
 @app.command()

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from migrated.cli.exit_code import exit_code_of
 from migrated.cli.units import format_bytes, format_ms, format_rate
 
 
@@ -44,7 +45,7 @@ def read_progress(info: Mapping[str, Any]) -> Progress:
     page_size = ram.get("page-size", 4096)
     return Progress(
         status=info.get("status", "none"),
-        passes=len(info.get("x-migrated-passes", ())) or ram.get("dirty-sync-count", 0),
+        passes=_passes(info),
         transferred_bytes=ram.get("transferred", 0),
         remaining_bytes=ram.get("remaining", 0),
         total_bytes=ram.get("total", 0),
@@ -57,6 +58,13 @@ def read_progress(info: Mapping[str, Any]) -> Progress:
     )
 
 
+def _passes(info: Mapping[str, Any]) -> int:
+    """The number of the pass under way, from 1 on; at the end, how many there were. A QEMU counts its looks."""
+    if "x-migrated-passes" not in info:
+        return int(info.get("ram", {}).get("dirty-sync-count", 0))
+    return len(info["x-migrated-passes"]) + (exit_code_of(info) is None)
+
+
 def describe_convergence(convergence: Mapping[str, Any]) -> str:
     """Say why a migration does not come to an end, and what would help."""
     text = str(convergence.get("text", "the migration does not converge"))
@@ -66,7 +74,8 @@ def describe_convergence(convergence: Mapping[str, Any]) -> str:
 
 def figures(progress: Progress) -> str:
     """The figures beside a progress bar."""
-    parts = [f"pass {progress.passes}", f"{format_bytes(progress.transferred_bytes)} sent"]
+    parts = [f"pass {progress.passes}"] if progress.passes else []
+    parts.append(f"{format_bytes(progress.transferred_bytes)} sent")
     parts.append(f"{format_bytes(progress.remaining_bytes)} left")
     if progress.bandwidth_bps:
         parts.append(format_rate(progress.bandwidth_bps))

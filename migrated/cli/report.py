@@ -42,13 +42,12 @@ def report_object(info: Mapping[str, Any], code: ExitCode) -> dict[str, Any]:
     return {name: value for name, value in members.items() if value is not None}
 
 
-def report_lines(info: Mapping[str, Any], code: ExitCode) -> list[str]:
-    """The end of a migration for people."""
+def report_lines(info: Mapping[str, Any], code: ExitCode, ownership: Mapping[str, Any]) -> list[str]:
+    """The end of a migration for people, and what they may do next."""
     lines = [_VERDICTS[code].format(status=info.get("status"))]
     if peer := info.get("x-migrated-peer", {}).get("address"):
         lines[0] += f" (peer {peer})"
-    if error := info.get("error-desc"):
-        lines.append(_row("reason", error))
+    lines += _reason_lines(info, ownership)
     if "total-time" in info:
         lines.append(_row("total time", format_ms(info["total-time"])))
     if "downtime" in info:
@@ -62,7 +61,54 @@ def report_lines(info: Mapping[str, Any], code: ExitCode) -> list[str]:
     convergence = info.get("x-migrated-convergence", {})
     if code is not ExitCode.DONE and not convergence.get("converging", True):
         lines.append(_row("convergence", describe_convergence(convergence)))
-    return lines
+    return lines + next_step_lines(ownership) if code else lines
+
+
+def arrival_object(info: Mapping[str, Any], code: ExitCode, status: Mapping[str, Any]) -> dict[str, Any]:
+    """The end of a load for programs."""
+    members: dict[str, Any] = {
+        "status": info.get("status"),
+        "exit-code": int(code),
+        "error": info.get("error-desc"),
+        "peer": info.get("x-migrated-peer"),
+        "total-time": info.get("total-time"),
+        "ram": info.get("ram", {}).get("total"),
+        "run-state": status.get("status"),
+    }
+    return {name: value for name, value in members.items() if value is not None}
+
+
+def arrival_lines(
+    info: Mapping[str, Any], code: ExitCode, status: Mapping[str, Any], ownership: Mapping[str, Any]
+) -> list[str]:
+    """The end of a load for people, and what they may do next."""
+    peer = info.get("x-migrated-peer", {}).get("address", "the source")
+    if code is ExitCode.DONE:
+        lines = [f"The machine is here, loaded from {peer}; it is {status.get('status')}"]
+    else:
+        lines = [f"The machine was not loaded from {peer}", *_reason_lines(info, ownership)]
+    if "total-time" in info:
+        lines.append(_row("total time", format_ms(info["total-time"])))
+    if total := info.get("ram", {}).get("total"):
+        lines.append(_row("memory", format_bytes(total)))
+    return lines + next_step_lines(ownership) if code else lines
+
+
+def release_object(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """What `release` did, from two answers of x-migrated-query-machine."""
+    kept = [{"name": one["name"], "workloads": one["workloads"]} for one in after.get("blocks", ())]
+    still = {one["name"] for one in kept}
+    return {"released": [one["name"] for one in before.get("blocks", ()) if one["name"] not in still], "kept": kept}
+
+
+def release_lines(done: Mapping[str, Any]) -> list[str]:
+    """The same for people."""
+    lines = [f"Released the memory of block {name}" for name in done["released"]]
+    lines += [
+        f"Kept block {one['name']}: {_by(one['workloads'])} still maps it; end the workload, then release again"
+        for one in done["kept"]
+    ]
+    return lines or ["There is no memory to release"]
 
 
 def next_step_lines(ownership: Mapping[str, Any]) -> list[str]:
@@ -96,9 +142,7 @@ def status_lines(
         lines += next_step_lines(ownership)
     lines += [_row("waiting at", format_address(address)) for address in info.get("socket-address", ())]
     lines.append(_row("migration", progress_line(read_progress(info))))
-    if error := info.get("error-desc"):
-        lines.append(_row("reason", error))
-    return lines
+    return lines + _reason_lines(info, ownership)
 
 
 def format_address(address: Mapping[str, Any]) -> str:
@@ -111,6 +155,12 @@ def format_address(address: Mapping[str, Any]) -> str:
             return f"unix:{address.get('path')}"
         case kind:
             return f"{kind}:{address.get('str', '')}"
+
+
+def _reason_lines(info: Mapping[str, Any], ownership: Mapping[str, Any]) -> list[str]:
+    """Why it failed, without the next step, which has a line of its own."""
+    reason = str(info.get("error-desc") or "").removesuffix(f". Next: {ownership.get('next-step')}")
+    return [_row("reason", reason)] if reason else []
 
 
 def _outcome(info: Mapping[str, Any], code: ExitCode) -> str:

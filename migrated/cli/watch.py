@@ -42,6 +42,26 @@ def counted_interrupts() -> Iterator[Interrupts]:
         signal.signal(signal.SIGINT, before)
 
 
+def wait_for_load(
+    client: QmpClient, display: Display, interrupts: Interrupts, earlier: str | None
+) -> tuple[ExitCode, dict[str, Any]]:
+    """Poll until the load is over; return the verdict and query-migrate's last answer.
+
+    ``earlier`` is the id of the migration that query-migrate told of before. A load cannot be cancelled: the first
+    Ctrl-C leaves. Raises ChannelError when the daemon is lost.
+    """
+    while True:
+        info = client.execute("query-migrate")
+        # A QEMU gives no ids, and loads once.
+        if (identity := info.get("x-migrated-migration-id")) is None or identity != earlier:
+            display.update(read_progress(info))
+            if (code := exit_code_of(info)) is not None:
+                return code, info
+        if interrupts.count:
+            return ExitCode.INTERRUPTED, info
+        client.next_event(POLL_S)
+
+
 def wait_for_end(client: QmpClient, display: Display, interrupts: Interrupts) -> tuple[ExitCode, dict[str, Any]]:
     """Poll until the migration is over, or the operator leaves; return the verdict and query-migrate's last answer.
 

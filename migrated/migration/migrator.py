@@ -265,7 +265,8 @@ class Migrator:
         """Answer ``query-migrate``: the last migration that touched the machine, in whichever direction."""
         answer: dict[str, object] = {}
         incoming = self._incoming
-        arrives = incoming is not None and incoming.touched and incoming is not self._arrived_before
+        asked_for = self._listener is not None and self._listener.takes_one
+        arrives = incoming is not None and (incoming.touched or asked_for) and incoming is not self._arrived_before
         if self._outgoing is not None and not arrives:
             limit_ms = self._host.settings.parameters.integer("downtime-limit")
             answer = report.describe_outgoing(self._outgoing, self._outgoing_progress, limit_ms)

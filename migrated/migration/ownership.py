@@ -75,6 +75,22 @@ ADVICE: Mapping[Hold, tuple[str, str]] = {
     ),
 }
 
+#: The same of a machine that moved to where nobody runs it by itself, by the scheme of the peer's address.
+STORED: Mapping[str, tuple[str, str]] = {
+    "file": (
+        "the machine was saved to {peer}",
+        "load it where it is to run, and only once: `migratectl incoming` there; its memory here is out of date",
+    ),
+    "exec": (
+        "the machine was handed to {peer}",
+        "load what the command made of it where it is to run, and only once; its memory here is out of date",
+    ),
+    "fd": (
+        "the machine was written to {peer}",
+        "look for it where that descriptor led; its memory here is out of date",
+    ),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -142,11 +158,17 @@ class Ownership:
 
     def text(self) -> str:
         """Say in one sentence what is known."""
-        return ADVICE[self.record.hold][0].format(peer=self.record.peer or "the other host")
+        return self._advice[0].format(peer=self.record.peer or "the other host")
 
     def next_step(self) -> str:
         """Say what an operator may do."""
-        return ADVICE[self.record.hold][1]
+        return self._advice[1]
+
+    @property
+    def _advice(self) -> tuple[str, str]:
+        advice = ADVICE[self.record.hold]
+        scheme, colon, _ = self.record.peer.partition(":")
+        return STORED.get(scheme, advice) if colon and self.record.hold is Hold.MOVED else advice
 
     def as_dict(self) -> dict[str, object]:
         """Return the answer to ``x-migrated-query-ownership``."""

@@ -91,8 +91,9 @@ def assess(facts: Facts) -> Assessment:
     if dirtied < sent * PROGRESS:
         text = f"converging: the last pass sent {_mib(sent)} while {_mib(dirtied)} were written"
         return Assessment(converging=True, text=text, needed_downtime_ms=needed_ms)
+    last = f"the last of {facts.passes} passes" if facts.passes > 1 else "the first pass"
     text = (
-        f"not converging: the last of {facts.passes} passes sent {_mib(sent)} while {_mib(dirtied)} were written;"
+        f"not converging: {last} sent {_mib(sent)} while {_mib(dirtied)} were written;"
         f" at {_mib(facts.bandwidth_bps)}/s a switchover takes {needed_ms} ms,"
         f" the downtime limit is {facts.downtime_limit_ms} ms"
     )

@@ -61,6 +61,11 @@ class Listener:
         """True when the one channel there was has been handled: nothing can come here any more."""
         return self._single is not None and self._task is not None and self._task.done()
 
+    @property
+    def takes_one(self) -> bool:
+        """True when the one channel there is was named by whoever asked: no stranger can connect."""
+        return self._single is not None
+
     async def open(self, fds: TakeFd) -> None:
         """Bind, or open the one channel there is, and start. `listen` calls this. Raises as `listen` does."""
         match self.address:

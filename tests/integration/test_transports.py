@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +29,11 @@ def deferred(make_site: MakeSite, name: str = "B") -> Site:
     return make_site(name, incoming="defer")
 
 
+def migratectl(site: Site, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "migrated.cli.app", "--socket", str(site.directory / "run" / "qmp.sock"), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=50)
+
+
 def test_unix(source: Site, make_site: MakeSite, tmp_path: Path) -> None:
     b = deferred(make_site)
     uri = f"unix:{tmp_path}/m.sock"
@@ -44,6 +52,40 @@ def test_into_a_file_and_back_in(source: Site, make_site: MakeSite, tmp_path: Pa
     b = deferred(make_site)
     b.qmp.execute("migrate-incoming", {"uri": f"file:{path}"})
     assert_moved(source, b)
+
+
+def test_migratectl_loads_a_file_and_reports(source: Site, make_site: MakeSite, tmp_path: Path) -> None:
+    path = tmp_path / "machine.state"
+    source.qmp.execute("migrate", {"uri": f"file:{path}"})
+    wait_status(source, {"completed"})
+    ownership = source.qmp.execute("x-migrated-query-ownership")
+    assert ownership["text"] == f"the machine was saved to file:{path}"
+    empty = tmp_path / "empty"
+    empty.touch()
+    failed = migratectl(deferred(make_site, "C"), "incoming", f"file:{empty}")
+    assert failed.returncode == 4, failed
+    assert "The machine was not loaded from" in failed.stdout
+    b = deferred(make_site)
+    done = migratectl(b, "incoming", f"file:{path}")
+    assert done.returncode == 0, done
+    assert f"The machine is here, loaded from file:{path}; it is running" in done.stdout
+    assert_moved(source, b)
+    kept = migratectl(source, "release")
+    assert (kept.returncode, kept.stdout.count("workload walker-A still maps it")) == (0, 1), kept
+
+
+def test_half_a_file_is_no_machine(source: Site, make_site: MakeSite, tmp_path: Path) -> None:
+    path = tmp_path / "machine.state"
+    source.qmp.execute("migrate", {"uri": f"file:{path}"})
+    wait_status(source, {"completed"})
+    os.truncate(path, path.stat().st_size // 2)
+    b = deferred(make_site)
+    failed = migratectl(b, "incoming", f"file:{path}")
+    assert failed.returncode == 4, failed
+    assert "  next step    migrate it again, or restart the workload and the daemon" in failed.stdout
+    status = migratectl(b, "status").stdout
+    assert "an arriving machine was loaded only in part" in status
+    assert "cont" not in status.partition("next step")[2].partition("\n")[0]
 
 
 def test_a_file_with_an_offset_keeps_what_is_before_it(source: Site, make_site: MakeSite, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ async def test_migrate_waits_and_reports(ctl: Ctl) -> None:
     assert ran.out.splitlines() == [
         "setup",
         (
-            "active: 75% of 1 GiB, pass 1, 768 MiB sent, 256 MiB left, 812 MiB/s, dirtied 120 MiB/s,"
+            "active: 75% of 1 GiB, pass 2, 768 MiB sent, 256 MiB left, 812 MiB/s, dirtied 120 MiB/s,"
             " expected downtime 45 ms, ETA 4 s"
         ),
         "completed: 100% of 1 GiB, pass 2, 1.50 GiB sent, 0 B left",
@@ -241,7 +241,7 @@ def read_all(fd: int) -> str:
         (("release",), ("release",)),
         (("resolve", "--peer-is-fenced"), ("resolve", True, False)),
         (("resolve", "--peer-is-running"), ("resolve", False, True)),
-        (("incoming", "tcp:0:7400"), ("incoming", "tcp:0:7400")),
+        (("incoming", "--detach", "tcp:0:7400"), ("incoming", "tcp:0:7400")),
     ],
 )
 async def test_simple_commands(ctl: Ctl, words: tuple[str, ...], call: tuple[Any, ...]) -> None:
@@ -267,6 +267,53 @@ async def test_incoming_says_where(ctl: Ctl) -> None:
     assert ran.out.splitlines() == ["Waiting at tcp:127.0.0.1:7400", "Waiting at tcp:[::1]:7400", "Waiting at unix:/x"]
 
 
+LOADED: dict[str, object] = {
+    "status": "completed",
+    "total-time": 20,
+    "ram": {**RAM, "remaining": 0},
+    "x-migrated-migration-id": "new",
+    "x-migrated-peer": {"address": "file:/m", "kind": "unknown"},
+}
+
+
+async def test_incoming_from_a_file_waits_and_reports(ctl: Ctl) -> None:
+    before = {**COMPLETED, "x-migrated-migration-id": "old"}
+    active = {**LOADED, "status": "active"}
+    ctl.migrator.script = [before, before, before, active, LOADED]
+    ran = await ctl.run("incoming", "file:/m")
+    assert ran.code == 0, ran
+    assert ran.out.splitlines()[-3:] == [
+        "The machine is here, loaded from file:/m; it is running",
+        "  total time   20 ms",
+        "  memory       1 GiB",
+    ]
+    ctl.migrator.script = [before, active, LOADED]
+    assert (await ctl.run("incoming", "file:/m", "--json")).json["run-state"] == "running"
+    ctl.migrator.script = [before, active]
+    ran = await ctl.run("incoming", "--detach", "file:/m")
+    assert (ran.code, ran.out) == (0, "The load has started; 'migratectl status' shows how it goes\n")
+
+
+@pytest.mark.parametrize(("record", "code"), [("none", 4), ("moved", 4), ("accepted", 6)])
+async def test_incoming_that_fails_says_why(ctl: Ctl, record: str, code: int) -> None:
+    ctl.migrator.record = {"record": record, "text": "x", "next-step": "load it again"}
+    ctl.migrator.script = [{}, {}, {**LOADED, "status": "failed", "error-desc": "not a machine"}]
+    ran = await ctl.run("incoming", "file:/m")
+    assert ran.code == code, ran
+    assert "  reason       not a machine" in ran.out
+    assert "  next step    load it again" in ran.out
+
+
+async def test_release_says_what_is_kept(ctl: Ctl) -> None:
+    ctl.machine.blocks = [FakeBlock("heap", 1 << 28, mappings=[TrackedMapping("worker", 0, 1 << 28, 5, 6)])]
+    ran = await ctl.run("release")
+    assert ran.out == "Kept block heap: workload worker still maps it; end the workload, then release again\n"
+    assert (await ctl.run("release", "--json")).json == {
+        "released": [],
+        "kept": [{"name": "heap", "workloads": ["worker"]}],
+    }
+
+
 async def test_status(ctl: Ctl) -> None:
     mapping = TrackedMapping("worker", 0, 1 << 28, 5, 6)
     ctl.machine.blocks = [FakeBlock("heap", 1 << 28, mappings=[mapping]), FakeBlock("spare", 4096)]
@@ -285,7 +332,7 @@ async def test_status(ctl: Ctl) -> None:
         "  next step    ask the other host",
         "  waiting at   fd:7",
         (
-            "  migration    active: 75% of 1 GiB, pass 1, 768 MiB sent, 256 MiB left, 812 MiB/s, dirtied 120 MiB/s,"
+            "  migration    active: 75% of 1 GiB, pass 2, 768 MiB sent, 256 MiB left, 812 MiB/s, dirtied 120 MiB/s,"
             " expected downtime 45 ms, ETA 4 s"
         ),
         "  reason       why",

@@ -8,9 +8,20 @@ import pytest
 
 from migrated.cli.exit_code import ExitCode, exit_code_of
 from migrated.cli.progress import progress_line, read_progress
-from migrated.cli.report import format_address, report_lines, report_object, status_lines, throughput_bps
+from migrated.cli.report import (
+    arrival_lines,
+    arrival_object,
+    format_address,
+    release_lines,
+    release_object,
+    report_lines,
+    report_object,
+    status_lines,
+    throughput_bps,
+)
 from migrated.cli.settings import format_value, parse_switches, parse_values
 from migrated.cli.units import format_bytes, format_ms, format_rate, parse_size
+from migrated.demo.app import describe
 
 QEMU_ACTIVE: dict[str, Any] = {
     "status": "active", "total-time": 500, "setup-time": 0, "expected-downtime": 300, "cpu-throttle-percentage": 20,
@@ -108,7 +119,7 @@ def test_exit_codes(info: dict[str, Any], code: int | None) -> None:
 
 def test_report_of_a_real_qemu() -> None:
     info = {**QEMU_ACTIVE, "status": "completed", "downtime": 7}
-    assert report_lines(info, ExitCode.DONE) == [
+    assert report_lines(info, ExitCode.DONE, {}) == [
         "Migration completed",
         "  total time   500 ms",
         "  downtime     7 ms",
@@ -123,8 +134,70 @@ def test_report_of_a_real_qemu() -> None:
 
 def test_report_of_many_passes_is_short() -> None:
     passes = [{"pass": i, "sent-bytes": i << 20, "dirtied-bytes": 0, "ms": 1.0} for i in range(1, 101)]
-    lines = report_lines({"status": "completed", "x-migrated-passes": passes}, ExitCode.DONE)
+    lines = report_lines({"status": "completed", "x-migrated-passes": passes}, ExitCode.DONE, {})
     assert lines[1] == "  passes       100 (1 MiB, 2 MiB, 3 MiB, ..., 99 MiB, 100 MiB)"
+
+
+@pytest.mark.parametrize(("done", "number"), [(0, 1), (1, 2), (7, 8)])
+def test_the_pass_under_way_has_the_number_that_the_demo_gives_it(done: int, number: int) -> None:
+    passes = [{"pass": i + 1, "sent-bytes": 0, "dirtied-bytes": 0, "ms": 1.0} for i in range(done)]
+    info = {**QEMU_ACTIVE, "x-migrated-passes": passes, "x-migrated-bandwidth-bps": 0, "x-migrated-dirty-rate-bps": 0}
+    assert f", pass {number}, " in progress_line(read_progress(info))
+    assert f"pass {number} " in describe(info)
+    assert read_progress({**info, "status": "completed"}).passes == done
+
+
+def test_an_incoming_machine_has_no_passes() -> None:
+    info = {"status": "active", "ram": {"total": 1 << 20, "remaining": 1 << 19, "transferred": 0}}
+    assert "pass" not in progress_line(read_progress(info))
+
+
+UNKNOWN = {"record": "released", "text": "nobody knows", "next-step": "ask the other host"}
+
+
+def test_the_next_step_is_said_once() -> None:
+    info = {"status": "failed", "error-desc": "reset; nobody knows. Next: ask the other host"}
+    report = report_lines(info, ExitCode.OWNERSHIP_UNKNOWN, UNKNOWN)
+    assert report[1:] == ["  reason       reset; nobody knows", "  next step    ask the other host"]
+    lines = "\n".join(status_lines({"status": "finish-migrate"}, {}, UNKNOWN, info))
+    assert lines.count("ask the other host") == 1
+    assert "Next:" not in lines
+
+
+def test_report_of_a_load() -> None:
+    info: dict[str, Any] = {
+        "status": "completed",
+        "x-migrated-peer": {"address": "file:/m", "kind": "unknown"},
+        "total-time": 20,
+        "ram": {"total": 1 << 20},
+    }
+    assert arrival_lines(info, ExitCode.DONE, {"status": "running"}, {"next-step": "nothing"}) == [
+        "The machine is here, loaded from file:/m; it is running",
+        "  total time   20 ms",
+        "  memory       1 MiB",
+    ]
+    failed = {"status": "failed", "error-desc": "not a machine", "x-migrated-peer": {"address": "file:/m"}}
+    assert arrival_lines(failed, ExitCode.FAILED_SOURCE_OWNS, {}, {"next-step": "load it again"}) == [
+        "The machine was not loaded from file:/m",
+        "  reason       not a machine",
+        "  next step    load it again",
+    ]
+    assert arrival_object(info, ExitCode.DONE, {"status": "running"}) == {
+        "status": "completed", "exit-code": 0, "peer": info["x-migrated-peer"], "total-time": 20, "ram": 1 << 20,
+        "run-state": "running",
+    }  # fmt: skip
+
+
+def test_report_of_a_release() -> None:
+    one = {"name": "heap", "workloads": []}
+    used = {"name": "log", "workloads": ["kv"]}
+    done = release_object({"blocks": [one, used]}, {"blocks": [used]})
+    assert done == {"released": ["heap"], "kept": [used]}
+    assert release_lines(done) == [
+        "Released the memory of block heap",
+        "Kept block log: workload kv still maps it; end the workload, then release again",
+    ]
+    assert release_lines(release_object({"blocks": []}, {"blocks": []})) == ["There is no memory to release"]
 
 
 def test_throughput_needs_time_and_bytes() -> None:

@@ -97,6 +97,26 @@ def test_a_run_state_that_no_owner_has_is_refused(run_state: str) -> None:
         Ownership(MemoryStore({"hold": "owner", "epoch": 1, "run_state": run_state}))
 
 
+@pytest.mark.parametrize(
+    ("peer", "text"),
+    [
+        ("b:1", "the machine runs at b:1"),
+        ("[::1]:7400", "the machine runs at [::1]:7400"),
+        ("unix:/x", "the machine runs at unix:/x"),
+        ("file:/m", "the machine was saved to file:/m"),
+        ("exec:gzip > /m", "the machine was handed to exec:gzip > /m"),
+        ("fd:7", "the machine was written to fd:7"),
+        ("", "the machine runs at the other host"),
+    ],
+)
+def test_a_machine_runs_at_no_file(peer: str, text: str) -> None:
+    ownership = Ownership(MemoryStore({"hold": "moved", "epoch": 3, "peer": peer}))
+    assert ownership.text() == text
+    assert ("migrate it back" in ownership.next_step()) is text.startswith("the machine runs")
+    released = Ownership(MemoryStore({"hold": "released", "epoch": 3, "peer": peer}))
+    assert "the outcome is unknown" in released.text()
+
+
 async def test_a_record_that_cannot_be_written_is_not_taken_as_written() -> None:
     store = MemoryStore({"hold": "owner", "epoch": 1})
     ownership = Ownership(store)

@@ -95,6 +95,10 @@ def test_it_says_that_it_does_not_converge_and_what_would_help() -> None:
     )
 
 
+def test_one_pass_is_the_first() -> None:
+    assert assess(replace(STUCK, passes=1)).text.startswith("not converging: the first pass sent 64.0 MiB while")
+
+
 def test_following_the_first_advice_ends_it() -> None:
     downtime_limit_ms = 160
     threshold = round(STUCK.bandwidth_bps * downtime_limit_ms / 1000)
