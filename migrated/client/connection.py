@@ -107,11 +107,15 @@ class Connection:
     def open(self, timeout_s: float) -> None:
         """Attach for the first time; a daemon that is not there yet has ``timeout_s``. Raises AttachError."""
         deadline = time.monotonic() + timeout_s
+        denied = 0
         while True:
             try:
                 self._attach()
             except (OSError, RemoteProtocolError, AttachError) as error:
-                if (isinstance(error, AttachRefused) and not error.again) or time.monotonic() > deadline:
+                # Once is no proof: a daemon that is starting binds its socket before it opens it to others.
+                denied += isinstance(error, PermissionError)
+                final = denied > 1 or (isinstance(error, AttachRefused) and not error.again)
+                if final or time.monotonic() > deadline:
                     self._drop()
                     os.close(self._wake)
                     raise _as_attach_error(self._path, error) from error
@@ -338,6 +342,11 @@ def _send(sock: socket.socket, message: attach.FromWorkload, fds: Sequence[int])
 def _as_attach_error(path: str, error: Exception) -> AttachError:
     if isinstance(error, AttachRefused):
         return AttachRefused(f"{path}: the daemon refuses: {error}", again=error.again)
+    if isinstance(error, PermissionError):
+        return AttachError(
+            f"{path}: {error.strerror}: user {os.geteuid()} may not open this socket; run as the daemon's user, as root"
+            " or in the socket's group ([attach] group of the daemon's configuration)"
+        )
     if isinstance(error, OSError):
         hint = "; is the daemon of this machine running?" if error.errno in _NOBODY_THERE else ""
         return AttachError(f"{path}: {error.strerror or error}{hint}")

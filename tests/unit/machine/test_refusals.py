@@ -161,6 +161,16 @@ async def test_peer_credentials_decide(
         site.machine.close()
 
 
+@needs_root
+async def test_a_socket_that_may_not_be_opened_is_refused_at_once(tmp_path: Path) -> None:
+    for directory in (tmp_path, *list(tmp_path.parents)[:2]):
+        directory.chmod(0o755)
+    patient = AS_NOBODY.replace("timeout_s=0", "timeout_s=3600")
+    async with Site(tmp_path) as site, workload(site, patient, "[65534, []]", prelude=PRELUDE) as process:
+        found = await process.said()
+    assert found.startswith(f"{site.path}: Permission denied: user 65534 may not open this socket; run as")
+
+
 # -- hello ---------------------------------------------------------------------------------------------------------
 
 
