@@ -14,7 +14,7 @@ from typing import Any
 
 from migrated.errors import CommandError
 from migrated.migration import report
-from migrated.migration.host import Emit, Host
+from migrated.migration.host import OPTIONAL_SECTIONS, Emit, Host
 from migrated.migration.incoming import IncomingMigration
 from migrated.migration.outgoing import OutgoingMigration
 from migrated.migration.ownership import Hold
@@ -103,10 +103,16 @@ class Migrator:
         """Start an outgoing migration; returns once it is accepted. Raises CommandError."""
         if resume:
             raise CommandError("Cannot resume if there is no paused migration")
+        handlers = await self._host.registry.device_names(besides=OPTIONAL_SECTIONS)
         if self.busy:
             raise CommandError(BUSY)
         address = parse_address(uri)
         self._require_migratable()
+        if not handlers and not self._host.machine.ram_blocks():
+            raise CommandError(
+                f"there is nothing to migrate: machine '{self._host.machine.name}' has no RAM block and no device here."
+                " Next: start its workload, which attaches to this daemon, or load a handler ([handlers] load)"
+            )
         timeout_s = self._host.settings.silence_timeout_s()
 
         async def connect() -> Channel:
