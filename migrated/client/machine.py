@@ -85,6 +85,14 @@ class Machine:
             raise
         self._connection.serve()
 
+    @property
+    def tracked(self) -> bool:
+        """True when the kernel logs this process's writes; False where the host refuses userfaultfd.
+
+        Without it the daemon compares all pages at every look, which sees everything and costs time.
+        """
+        return "tracking" in self._descriptors
+
     # -- declare -----------------------------------------------------------------------------------------------
 
     def ram(self, name: str, size: int = 0) -> memoryview:

@@ -79,8 +79,6 @@ def main(*, ram_mib: int = DEFAULT_RAM_MIB, as_json: bool = False) -> int:
 
 def run(ram_bytes: int, say: Say) -> list[Leg]:
     """Move a walker from A to B and back to A; return both legs."""
-    if degraded := what_degrades():
-        say(degraded)
     with tempfile.TemporaryDirectory(prefix="migrated-demo-") as directory:
         say(f"Starting two daemons, A and B, and at each a walker over {ram_bytes // MIB} MiB ...")
         with (
@@ -90,6 +88,8 @@ def run(ram_bytes: int, say: Say) -> list[Leg]:
             for site in (a, b):
                 # The walker can be faster than a busy machine's loopback; then it is slowed down until it fits.
                 site.qmp.execute("migrate-set-capabilities", {"capabilities": [AUTO_CONVERGE]})
+            if degraded := what_degrades(tracked=a.ready["tracked"]):
+                say(degraded)
             a.qmp.execute("cont")
             a.wait_event("running")
             say(f"The walker runs at A (process {a.walker.pid}) and adds one to a byte of every page, for ever.")
@@ -168,9 +168,17 @@ def summarise(legs: list[Leg], say: Say) -> None:
     say("Everything checked: nothing was lost." if all(leg.verified for leg in legs) else "A CHECK FAILED.")
 
 
-def what_degrades() -> str:
-    """Say what an ordinary user goes without on this kernel; empty for root or where nothing is missing."""
-    if os.geteuid() == 0:
+def what_degrades(*, tracked: bool) -> str:
+    """Say what this user goes without on this host; empty where nothing is missing.
+
+    ``tracked``: the walker got a userfaultfd of some kind.
+    """
+    if not tracked:
+        return (
+            "This host refuses userfaultfd (a container's seccomp profile?): instead of reading the kernel's dirty log,"
+            " the daemons compare all pages at every look. Nothing is missed, but each look reads all memory."
+        )
+    if os.geteuid() == 0 or os.access("/dev/userfaultfd", os.R_OK | os.W_OK):
         return ""
     try:
         allowed = Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() == "1"

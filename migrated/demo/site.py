@@ -110,7 +110,7 @@ class Site:
     def start_walker(self) -> None:
         """Start the walker and wait until it is attached."""
         self.walker = self._spawn_walker()
-        self.wait_event("ready")
+        self.ready = self.wait_event("ready")
 
     def stop_walker(self) -> None:
         """Kill the walker; the daemon stays."""

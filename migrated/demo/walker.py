@@ -134,7 +134,7 @@ def main() -> None:
     with attach(arguments.attach, name=arguments.name) as machine:
         walker = Walker(machine, arguments.ram, arguments.seed)
         machine.ready()
-        tell("ready")
+        tell("ready", tracked=machine.tracked)
         walker.run()
 
 
