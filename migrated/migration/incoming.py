@@ -78,7 +78,8 @@ class IncomingMigration:
         self._autostart = autostart
         self._group: asyncio.TaskGroup | None = None
         self._watcher: asyncio.Task[None] | None = None
-        self._taken_over = False
+        self._taking_over = False
+        """From here on nothing is given up any more: the record may say that the machine is this host's."""
         self._task: asyncio.Task[None] | None = None
 
     def _status_changed(self, status: MigrationStatus) -> None:
@@ -99,9 +100,14 @@ class IncomingMigration:
         return self._task
 
     def cancel(self) -> None:
-        """Give the load up (daemon shutdown)."""
-        if self._task is not None and not self._taken_over:
+        """Give the load up (daemon shutdown), unless the machine is being taken over."""
+        if self._task is not None and not self._taking_over:
             self._task.cancel()
+
+    async def wait(self) -> None:
+        """Wait until it has ended."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
 
     async def run(self) -> None:
         """Load; end in completed or failed."""
@@ -319,19 +325,27 @@ class IncomingMigration:
             await self._commit_with_qemu()
         state = self._run_state()
         async with host.lock:
+            self._taking_over = True
             await host.ownership.become(Hold.OWNER, peer=self.peer, migration_id=self.migration_id, run_state=state)
             try:
                 await self._start_machine(state)
-            except MigratedError:
-                await host.ownership.become(Hold.MOVED, peer=self.peer, migration_id=self.migration_id)
+            except MigratedError as error:
+                await self._give_back(error)
                 raise
-            self._taken_over = True
         if self.kind is not PeerKind.QEMU:
             try:
                 await self._return_path.shut(0)
             except ChannelError as error:
                 # The machine runs here. The source will say "unknown"; this host knows.
                 host.log.warning("answer_not_delivered", error=str(error), migration_id=self.migration_id)
+
+    async def _give_back(self, why: MigratedError) -> None:
+        """Write that the machine stays at the source, before the source is told so."""
+        try:
+            await self._host.ownership.become(Hold.MOVED, peer=self.peer, migration_id=self.migration_id)
+        except OSError as error:
+            # On disk it is this host's: told that it is not, the source would run it, and so would a restart here.
+            raise OutcomeUnknown(f"{why}; and the record cannot be written: {error}") from error
 
     def _run_state(self) -> RunState:
         """Return what the machine does here: what it did there, unless it is to wait for `cont`."""

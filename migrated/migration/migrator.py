@@ -302,6 +302,8 @@ class Migrator:
             except CommandError:
                 self._host.log.info("waiting_for_switchover")
             await self._outgoing.wait()
+        if self._incoming is not None:
+            await self._incoming.wait()  # a take-over needs the workloads, and the source its answer
         for fd in self._fds.values():
             os.close(fd)
         self._fds.clear()

@@ -19,6 +19,7 @@ operator stopped stays stopped when the daemon restarts.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
@@ -143,7 +144,11 @@ class Ownership:
         await self._write(new)
 
     async def _write(self, new: Record) -> None:
-        await self._store.write(asdict(new) | {"hold": new.hold.value, "run_state": new.run_state.value})
+        try:
+            await self._store.write(asdict(new) | {"hold": new.hold.value, "run_state": new.run_state.value})
+        except asyncio.CancelledError:
+            self.record = new  # a cancelled write has been made all the same (`RecordStore`)
+            raise
         self.record = new
 
     def require_may_start(self) -> None:

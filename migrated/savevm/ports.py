@@ -149,7 +149,11 @@ class MachinePort(Protocol):
 
 
 class RecordStore(Protocol):
-    """Durable storage of the hand-over record. `write` returns only when the record would survive a crash."""
+    """Durable storage of the hand-over record.
+
+    `write` returns only when the record would survive a crash; cancelled, it makes an end of it first and is then
+    cancelled, so that what is on disk is always known.
+    """
 
     def read(self) -> dict[str, Any] | None: ...
     async def write(self, record: dict[str, Any]) -> None: ...

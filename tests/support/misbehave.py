@@ -52,6 +52,11 @@ def fail_on_load(machine: Machine) -> None:
     machine.device("picky", save=lambda: b"state", load=load, version_id=1)
 
 
+def deaf_to_cont(machine: Machine) -> None:
+    """It hears that the machine goes on, and says nothing: the daemon waits for its answer."""
+    machine._orders._cont = lambda order: None  # type: ignore[method-assign]
+
+
 MODES: dict[str, Callable[[Machine], None]] = {
     "none": lambda machine: None,
     "hang-stop": hang_stop,
@@ -59,6 +64,7 @@ MODES: dict[str, Callable[[Machine], None]] = {
     "stray": stray,
     "die-on-save": die_on_save,
     "fail-on-load": fail_on_load,
+    "deaf-to-cont": deaf_to_cont,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from typing import Any
 
@@ -140,3 +141,19 @@ async def test_a_known_move_stays_known_even_if_it_cannot_be_written() -> None:
 def test_a_record_nobody_understands_stops_the_daemon(raw: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="cannot be understood"):
         Ownership(MemoryStore(raw))
+
+
+class WrittenAllTheSame(MemoryStore):
+    """A store whose write is cancelled when it is done."""
+
+    async def write(self, record: dict[str, Any]) -> None:
+        await super().write(record)
+        raise asyncio.CancelledError
+
+
+async def test_after_a_cancelled_write_memory_says_what_the_disk_says() -> None:
+    store = WrittenAllTheSame({"hold": "owner", "epoch": 1})
+    ownership = Ownership(store)
+    with pytest.raises(asyncio.CancelledError):
+        await ownership.become(Hold.RELEASED)
+    assert ownership.record == Ownership(store).record
