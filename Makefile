@@ -14,7 +14,8 @@ INSTALLED := $(VENV)/.installed
 ARGS ?=
 
 # What the tests run besides Python, as command:Debian-package.
-TOOLS := qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils gcc:gcc ip:iproute2 systemd-analyze:systemd
+TOOLS := qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils gcc:gcc ip:iproute2 systemd-analyze:systemd \
+	systemd-nspawn:systemd-container
 # Tools of the system administrator are not in everybody's PATH.
 export PATH := $(PATH):/usr/sbin:/sbin
 

@@ -81,7 +81,9 @@ def _check_maps(pid: int, memfd: int, address: int, size: int) -> None:
     try:
         entries = process.read_maps(pid, address, address + size)
     except KernelError as error:
-        if error.errno in (errno.EACCES, errno.EPERM):
+        # ESRCH: a /proc that hides other users' processes (ProtectProc=invisible). One that is really gone has let go
+        # of its connection, and its descriptors say so, too.
+        if error.errno in (errno.EACCES, errno.EPERM, errno.ESRCH):
             return
         raise ClaimRefused(f"the memory map of process {pid} cannot be read", found=str(error)) from error
     device, inode = memfd_identity(memfd)
