@@ -18,6 +18,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import structlog
 import uvloop
 from structlog.typing import FilteringBoundLogger
 
@@ -69,7 +70,9 @@ class Daemon:
     async def run(self) -> None:
         """Run until `stop`. Raises MigratedError when it cannot start."""
         try:
-            await self._run()
+            # For the lines of those who know no machine: the sockets, the libraries.
+            with structlog.contextvars.bound_contextvars(machine=self._config.machine.name):
+                await self._run()
         except BaseExceptionGroup as group:
             raise first_error(group) from None
 
@@ -85,7 +88,7 @@ class Daemon:
             stack.callback(unsubscribe)
             watchdog = jobs.create_task(notifier.keep_watchdog())
             notifier.ready()
-            self._log.info("ready", machine=self._config.machine.name)
+            self._log.info("ready")
             cause = await self._stopping
             notifier.stopping()
             self._log.info("stopping", cause=cause)

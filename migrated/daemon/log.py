@@ -1,7 +1,8 @@
 """The log: for people on a terminal, JSON lines everywhere else, with priorities where journald reads them.
 
 The rule of the file: one event is one line. Tracebacks are shown at level debug only; above it, an exception becomes
-its type, its text and where it was raised. `configure_log` is called once, by main.
+its type, its text and where it was raised. `configure_log` is called once, by main. What a daemon binds to its context
+(``machine``) is in every line of its tasks, whoever writes it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def configure_log(
 
 def _processors(settings: Log, stream: TextIO, environment: Mapping[str, str]) -> list[Processor]:
     console = settings.format == "console" or (settings.format == "auto" and stream.isatty())
-    processors: list[Processor] = [structlog.processors.add_log_level]
+    processors: list[Processor] = [structlog.contextvars.merge_contextvars, structlog.processors.add_log_level]
     if settings.level != "debug":
         processors.append(_shorten_exception)
     if console:

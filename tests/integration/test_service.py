@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ import pytest
 
 from migrated.demo.site import Site
 from tests.integration.conftest import MakeSite
-from tests.support.following import assert_still_runs, wait_status, wait_until
+from tests.support.following import assert_still_runs, migrate, wait_status, wait_until
 
 CONFIG_ERROR = 78
 
@@ -47,6 +48,19 @@ def test_ready_watchdog_status_stopping(
     site.daemon.send_signal(signal.SIGTERM)
     wait_message(notify, "STOPPING=1")
     assert site.daemon.wait(30) == 0
+
+
+def test_every_line_of_the_log_names_the_machine(pair: tuple[Site, Site]) -> None:
+    a, b = pair
+    migrate(a, b)
+    with socket.create_connection(("127.0.0.1", int(b.address.rsplit(":", 1)[1]))):
+        wait_until(lambda: "incoming_channel" in b.log_path.read_text(), "the stranger is noticed")
+    for site in pair:
+        site.daemon.terminate()
+        assert site.daemon.wait(30) == 0
+        lines = [json.loads(line) for line in site.log_path.read_text().splitlines()]
+        assert lines
+        assert {line.get("machine") for line in lines} == {"demo"}, lines
 
 
 def test_a_clean_stop_leaves_the_workload_and_no_sockets(pair: tuple[Site, Site]) -> None:

@@ -55,6 +55,22 @@ def test_json_off_a_terminal_with_context_and_a_fixed_beginning() -> None:
     assert line["timestamp"].endswith("Z")
 
 
+async def test_each_daemon_of_a_process_has_its_machine_in_every_line() -> None:
+    stream = io.StringIO()
+    configure_log(Log(), stream, {})
+
+    async def daemon(name: str) -> None:
+        with structlog.contextvars.bound_contextvars(machine=name):
+            async with asyncio.TaskGroup() as jobs:
+                jobs.create_task(asyncio.to_thread(structlog.get_logger().info, "from_a_thread"))
+            logging.getLogger("asyncio").warning("from a library")
+
+    await asyncio.gather(daemon("a"), daemon("b"))
+    found = lines(stream)
+    assert sorted(line["machine"] for line in found) == ["a", "a", "b", "b"]
+    assert list(found[0])[:4] == ["timestamp", "level", "event", "machine"]
+
+
 def test_a_terminal_gets_text_with_colours_unless_told_otherwise() -> None:
     for environment, coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
         stream = Terminal()
