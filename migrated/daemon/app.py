@@ -25,6 +25,7 @@ from structlog.typing import FilteringBoundLogger
 from migrated.control.ports import Services
 from migrated.control.server import ControlServer
 from migrated.daemon.config import Config, load_config
+from migrated.daemon.inherited import take_inherited
 from migrated.daemon.lock import StateLock
 from migrated.daemon.log import configure_log
 from migrated.daemon.notify import Notifier
@@ -54,7 +55,14 @@ EXIT_FAILURE = 1
 class Daemon:
     """One daemon for one machine. Everything hangs off this object; there are no process-wide singletons."""
 
-    def __init__(self, config: Config, incoming: str | None, log: FilteringBoundLogger) -> None:
+    def __init__(
+        self,
+        config: Config,
+        incoming: str | None,
+        log: FilteringBoundLogger,
+        inherited: tuple[str, int] | None = None,
+    ) -> None:
+        self._inherited = inherited
         self._config = config
         self._log = log
         self._incoming = incoming
@@ -194,6 +202,8 @@ class Daemon:
         control = ControlServer(services, config.control_socket, mode=config.control.mode, group=config.control.group)
         await control.start()
         stack.push_async_callback(lambda: control.close(self._stopping.result() if self._stopping.done() else None))
+        if self._inherited is not None:
+            migrator.add_fd(*self._inherited)
         if self._incoming not in (None, "defer"):
             await migrator.open_listener(str(self._incoming))
         if config.workload.command:
@@ -248,7 +258,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     log = configure_log(config.log).bind(machine=config.machine.name)
     incoming = arguments.incoming or config.migration.incoming
     try:
-        uvloop.run(_serve(config, incoming, log))
+        inherited = take_inherited(incoming)
+        uvloop.run(_serve(config, incoming, log, inherited))
     except ConfigError as error:
         log.error("cannot_start", error=str(error))
         return EXIT_CONFIG
@@ -258,8 +269,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-async def _serve(config: Config, incoming: str | None, log: FilteringBoundLogger) -> None:
-    daemon = Daemon(config, incoming, log)
+async def _serve(
+    config: Config, incoming: str | None, log: FilteringBoundLogger, inherited: tuple[str, int] | None
+) -> None:
+    daemon = Daemon(config, incoming, log, inherited)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, daemon.stop, "host-signal")

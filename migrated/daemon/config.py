@@ -19,9 +19,10 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import msgspec
 from msgspec import Meta, Struct
 
+from migrated.daemon.inherited import inherited_number
 from migrated.errors import CommandError, ConfigError
 from migrated.model.parameters import CAPABILITIES, PARAMETERS, Capabilities, Parameters
-from migrated.transport.address import TcpAddress, parse_address
+from migrated.transport.address import FdAddress, TcpAddress, parse_address
 from migrated.transport.listen import parse_allow
 from migrated.transport.unix_path import PATH_MAX_BYTES
 
@@ -280,6 +281,9 @@ def _incoming_problems(migration: Migration) -> Iterator[tuple[str, str]]:
     except CommandError as error:
         yield "migration.incoming", str(error)
         return
+    if isinstance(address, FdAddress) and inherited_number(migration.incoming) is None:
+        expected = 'expected the number of an inherited descriptor, or "defer": names are given by getfd, later'
+        yield "migration.incoming", f"{expected}, found '{migration.incoming}'"
     if isinstance(address, TcpAddress) and not address.is_loopback and not migration.allow:
         expected = 'expected a loopback address, or allow = ["ADDRESS", ...] with the peers that may connect'
         yield "migration.incoming", f"{expected}, found '{migration.incoming}': peers are not authenticated yet"

@@ -106,6 +106,14 @@ def test_check_config(tmp_path: Path) -> None:
     assert "type" in bad.stderr
 
 
+def test_a_descriptor_that_was_not_inherited_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "kv.toml"
+    path.write_text(f'[paths]\nruntime = "{tmp_path}/run"\nstate = "{tmp_path}/state"\n')
+    result = run("--config", str(path), "--incoming", "fd:99")
+    assert result.returncode == CONFIG_ERROR
+    assert "no descriptor 99 was inherited" in result.stderr
+
+
 def test_a_handler_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     path = tmp_path / "kv.toml"
     path.write_text(

@@ -148,6 +148,29 @@ def give(site: Site, name: str, sock: socket.socket) -> None:
     sock.close()
 
 
+class FedSite(Site):
+    """A site whose daemon inherits an open file as descriptor ``number``."""
+
+    def __init__(self, directory: Path, file: Path, number: int) -> None:
+        super().__init__("B", directory, ram_bytes=16 << 20, incoming=f"fd:{number}")
+        self._command = f"exec {sys.executable} -m migrated --config {self.config} {number}< {file}"
+
+    def _start_daemon(self) -> subprocess.Popen[str]:
+        with self.log_path.open("w") as log:
+            return self._own(subprocess.Popen(["/bin/sh", "-c", self._command], stdout=log, stderr=log, text=True))
+
+
+@pytest.mark.parametrize("number", [0, 7])
+def test_an_inherited_descriptor(source: Site, tmp_path: Path, number: int) -> None:
+    path = tmp_path / "machine.state"
+    source.qmp.execute("migrate", {"uri": f"file:{path}"})
+    wait_status(source, {"completed"})
+    with FedSite(tmp_path, path, number) as b:
+        assert_moved(source, b)
+        links = [os.readlink(one) for one in Path(f"/proc/{b.daemon.pid}/fd").iterdir()]
+        assert str(path) not in links, "what was read is let go"
+
+
 @pytest.mark.parametrize(
     ("uri", "text"),
     [

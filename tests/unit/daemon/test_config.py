@@ -172,6 +172,12 @@ def test_a_listener_that_only_this_host_reaches_needs_no_allow_list(tmp_path: Pa
     assert load(tmp_path, f"[migration]\nincoming = '{incoming}'").migration.incoming == incoming
 
 
+def test_a_descriptor_has_no_name_before_the_daemon_runs(tmp_path: Path) -> None:
+    error = refusal(tmp_path, "[migration]\nincoming = 'fd:mine'")
+    assert error.key == "migration.incoming"
+    assert "expected the number of an inherited descriptor" in error.expected
+
+
 @pytest.mark.parametrize("incoming", ["tcp::7400", "tcp:0:7400", "tcp:0.0.0.0:1", "tcp:[::]:1", "tcp:10.0.0.7:1"])
 def test_a_listener_that_others_reach_needs_an_allow_list(tmp_path: Path, incoming: str) -> None:
     error = refusal(tmp_path, f"[migration]\nincoming = '{incoming}'")
