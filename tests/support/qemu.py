@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -53,17 +54,15 @@ class Qemu:
     def __enter__(self) -> Self:
         with self._errors.open("w") as errors:
             self.process = subprocess.Popen(self._command(), stdin=subprocess.DEVNULL, stdout=errors, stderr=errors)
-        try:
-            self.qmp = wait_until(self._connect, f"QEMU {self.name} answers")
+        with ExitStack() as stack:
+            stack.callback(self._end)
+            self.qmp = stack.enter_context(wait_until(self._connect, f"QEMU {self.name} answers"))
             self.capability("events")
-        except BaseException:
-            self._end()
-            raise
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.qmp.__exit__(kind, error, at)
-        self._end()
+        self._stack.close()
 
     def _command(self) -> list[str]:
         assert PROGRAM is not None

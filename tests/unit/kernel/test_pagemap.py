@@ -167,7 +167,9 @@ class Writer:
         self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self.process = subprocess.Popen([sys.executable, "-c", WRITER, str(SIZE), str(seed)], stdin=theirs.fileno())
-        data, fds, _, _ = socket.recv_fds(self.sock, 8, 3, flags=socket.MSG_CMSG_CLOEXEC)
+        data, fds, _, _ = socket.recv_fds(self.sock, 8, 3)
+        for fd in fds:
+            os.set_inheritable(fd, False)  # Python 3.11's recv_fds ignores MSG_CMSG_CLOEXEC
         self.address = int.from_bytes(data, "little")
         self.memfd, self.uffd, self.pagemap = fds
         userfault.register(self.uffd, self.address, SIZE, userfault.MODE_WP)
