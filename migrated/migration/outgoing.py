@@ -243,12 +243,12 @@ class OutgoingMigration:
 
     async def _after_pass(self) -> None:
         progress, settings, now = self._progress, self._host.settings, self._host.clock()
-        assessment = progress.judge(
-            progress.facts(progress.stats.remaining, settings.parameters.integer("downtime-limit"))
-        )
+        auto_converge, limit_ms = settings.enabled("auto-converge"), settings.parameters.integer("downtime-limit")
+        highest = settings.parameters.integer("max-cpu-throttle") if auto_converge else None
+        assessment = progress.judge(progress.facts(progress.stats.remaining, limit_ms, highest))
         if not assessment.converging:
             self._host.log.warning("migration_not_converging", text=assessment.text, migration_id=self.migration_id)
-        if not settings.enabled("auto-converge") or now - self._throttle_checked_at < THROTTLE_PERIOD_S:
+        if not auto_converge or now - self._throttle_checked_at < THROTTLE_PERIOD_S:
             return
         self._throttle_checked_at = now
         last = progress.passes[-1]

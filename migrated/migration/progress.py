@@ -84,8 +84,8 @@ class Progress:
         self.sent_bytes += count
         self.stats.transferred = self.sent_bytes
 
-    def facts(self, pending_bytes: int, downtime_limit_ms: int) -> Facts:
-        """Return what the convergence policy decides on."""
+    def facts(self, pending_bytes: int, downtime_limit_ms: int, throttle_limit_percent: int | None = None) -> Facts:
+        """Return what the convergence policy decides on; ``throttle_limit_percent`` None: auto-converge is off."""
         return Facts(
             pending_bytes=pending_bytes,
             threshold_bytes=self.meter.threshold_bytes(downtime_limit_ms),
@@ -95,6 +95,8 @@ class Progress:
             ram_bytes=self.stats.total,
             downtime_limit_ms=downtime_limit_ms,
             pass_history=tuple((p.sent_bytes, p.dirtied_bytes) for p in self.passes),
+            throttle_percent=self.throttle_percent,
+            throttle_limit_percent=throttle_limit_percent,
         )
 
     def judge(self, facts: Facts) -> Assessment:

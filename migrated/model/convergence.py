@@ -45,6 +45,9 @@ class Facts:
     downtime_limit_ms: int
     pass_history: tuple[tuple[int, int], ...] = ()
     """Of each pass: bytes sent in it, bytes dirtied in it."""
+    throttle_percent: int = 0
+    throttle_limit_percent: int | None = None
+    """How far auto-converge may go; None where it is off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +110,19 @@ def _suggest(facts: Facts, left_bytes: int) -> tuple[str, ...]:
     if facts.downtime_limit_ms:
         bandwidth_bps = min(bandwidth_bps, left_bytes * 1000 / facts.downtime_limit_ms)
     wanted = _mib(max(bandwidth_bps, facts.bandwidth_bps) * MARGIN)
-    suggestions = (
-        "turn auto-converge on (it slows a cooperative workload down)",
-        f"give it {wanted}/s of bandwidth or more (max-bandwidth, a faster link)",
-    )
+    suggestions = (*_suggest_throttle(facts), f"give it {wanted}/s of bandwidth or more (max-bandwidth, a faster link)")
     if limit_ms > PARAMETERS["downtime-limit"].high:
         return suggestions
     return (f"set downtime-limit to {limit_ms} ms or more", *suggestions)
+
+
+def _suggest_throttle(facts: Facts) -> tuple[str, ...]:
+    limit = facts.throttle_limit_percent
+    if limit is None:
+        return ("turn auto-converge on for another attempt (it slows a cooperative workload down)",)
+    if facts.throttle_percent < limit or limit >= PARAMETERS["max-cpu-throttle"].high:
+        return ()  # auto-converge is at work, or can do no more
+    return (f"raise max-cpu-throttle (auto-converge has slowed the workload down by all of its {limit} %)",)
 
 
 def _mib(count: float) -> str:

@@ -37,6 +37,8 @@ def test_auto_converge_slows_the_workload_and_gives_it_its_speed_back(pair: tupl
     a.qmp.execute("migrate-set-capabilities", {"capabilities": [{"capability": "auto-converge", "state": True}]})
     start_narrow(a, b, **{"cpu-throttle-initial": 50, "cpu-throttle-increment": 20})
     wait_until(lambda: a.qmp.execute("query-migrate").get("cpu-throttle-percentage", 0) >= 70, "throttled twice")
+    found = a.qmp.execute("query-migrate")["x-migrated-convergence"]
+    assert not any("turn auto-converge on" in text for text in found["suggestions"])
     a.qmp.execute("migrate_cancel")
     wait_status(a, {"cancelled"})
     assert "cpu-throttle-percentage" not in a.qmp.execute("query-migrate")

@@ -90,13 +90,29 @@ def test_it_says_that_it_does_not_converge_and_what_would_help() -> None:
     assert assessment.needed_downtime_ms == 128
     assert assessment.suggestions == (
         "set downtime-limit to 160 ms or more",
-        "turn auto-converge on (it slows a cooperative workload down)",
+        "turn auto-converge on for another attempt (it slows a cooperative workload down)",
         "give it 650.0 MiB/s of bandwidth or more (max-bandwidth, a faster link)",
     )
 
 
 def test_one_pass_is_the_first() -> None:
     assert assess(replace(STUCK, passes=1)).text.startswith("not converging: the first pass sent 64.0 MiB while")
+
+
+@pytest.mark.parametrize(
+    ("throttle", "limit", "advice"),
+    [
+        (0, None, "turn auto-converge on for another attempt"),
+        (0, 99, ""),
+        (50, 80, ""),
+        (80, 80, "raise max-cpu-throttle (auto-converge has slowed the workload down by all of its 80 %)"),
+        (99, 99, ""),
+    ],
+)
+def test_auto_converge_that_is_on_is_not_suggested(throttle: int, limit: int | None, advice: str) -> None:
+    facts = replace(STUCK, throttle_percent=throttle, throttle_limit_percent=limit)
+    found = [one for one in assess(facts).suggestions if "converge" in one]
+    assert [one.startswith(advice) for one in found] == ([True] if advice else [])
 
 
 def test_following_the_first_advice_ends_it() -> None:
