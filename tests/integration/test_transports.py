@@ -82,7 +82,7 @@ def test_half_a_file_is_no_machine(source: Site, make_site: MakeSite, tmp_path: 
     b = deferred(make_site)
     failed = migratectl(b, "incoming", f"file:{path}")
     assert failed.returncode == 4, failed
-    assert "  next step    migrate it again, or restart the workload and the daemon" in failed.stdout
+    assert "  next step    migrate it again" in failed.stdout
     status = migratectl(b, "status").stdout
     assert "an arriving machine was loaded only in part" in status
     assert "cont" not in status.partition("next step")[2].partition("\n")[0]
