@@ -248,7 +248,8 @@ class Machine:
         self.retired.retire(workload.sync)
         if had and self._arriving and self._run_state is RunState.INMIGRATE:
             self._arrival_lost = self._arrival_lost or error
-        if workload in self._watched and self._lost is None:
+        # Who came during a migration and had memory ends it too: what it wrote since the last look cannot be seen.
+        if (workload in self._watched or (had and self._lost_waiters)) and self._lost is None:
             self._lost = error
         self._log.warning("workload_left", workload=workload.name, pid=workload.pid, reason=why)
         if self._run_state is RunState.RUNNING and not self.workloads:

@@ -105,6 +105,7 @@ class Switchover:
             raise MigrationCancelled("cancelled before switchover")
 
     async def _release(self, f: OutgoingStream, peer: str) -> None:
+        self._host.machine.check_alive()  # who watches may not have had its turn yet, and is dismissed here
         self.committed = True
         self._on_commit()
         await self._host.ownership.become(Hold.RELEASED, peer=peer, migration_id=self._migration_id)

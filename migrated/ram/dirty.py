@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,8 @@ from migrated.errors import KernelError, WorkloadError
 from migrated.kernel import pagemap, userfault
 from migrated.model.bitmap import PageBitmap
 from migrated.savevm.ports import RamBlockPort, TrackedMapping
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,22 +54,22 @@ class DirtyLog:
 
     async def start(self) -> None:
         """Write-protect every mapping. From here on each first write to a page is seen by `sync`."""
-        await asyncio.to_thread(self._start)
+        await _in_thread(self._start)
 
     async def sync(self, dirty: Mapping[str, PageBitmap]) -> int:
         """Read and clear the log into ``dirty`` (by block name); return how many pages became dirty by it.
 
         Raises WorkloadError when a tracked process is gone.
         """
-        return await asyncio.to_thread(self._sync, dirty)
+        return await _in_thread(self._sync, dirty)
 
     async def stray_write(self) -> StrayWrite | None:
         """Look once more without a writer being allowed to exist: the first page that was written, if any."""
-        return await asyncio.to_thread(self._stray_write)
+        return await _in_thread(self._stray_write)
 
     async def stop(self) -> None:
         """Give the workloads their full speed back. Twice does no harm; a process that is gone neither."""
-        await asyncio.to_thread(self._stop)
+        await _in_thread(self._stop)
 
     # -- in a thread -------------------------------------------------------------------------------------------
 
@@ -94,7 +97,7 @@ class DirtyLog:
         current = set(log.block.mappings)
         log.registered &= current
         for mapping in current:
-            if mapping.userfault >= 0 and mapping not in log.registered:
+            if _is_new(log, mapping):
                 # Attached after the last look: whatever it wrote until now was not seen.
                 self._protect(log, mapping)
                 bitmap.set_all()
@@ -121,6 +124,8 @@ class DirtyLog:
     def _stray_write(self) -> StrayWrite | None:
         for log in self._logs:
             for mapping in log.block.mappings:
+                if mapping.userfault < 0 and _is_new(log, mapping):
+                    return StrayWrite(mapping.workload, log.block.name, 0, mapping.length // log.block.page_size)
                 for starts, ends in self._scan(log, mapping):
                     if len(starts):
                         pages = int((ends - starts).sum())
@@ -139,6 +144,28 @@ class DirtyLog:
                     userfault.unregister(mapping.userfault, mapping.address, mapping.length)
                 except KernelError:
                     continue  # the process is gone, and its registration with it
+
+
+def _is_new(log: _BlockLog, mapping: TrackedMapping) -> bool:
+    return log.hashes is None if mapping.userfault < 0 else mapping not in log.registered
+
+
+async def _in_thread(work: Callable[..., T], *args: object) -> T:
+    """Run ``work`` in a thread, and wait for its end also when cancelled.
+
+    A look that was left behind would clear the log of the next migration, or use descriptors given back by then.
+    """
+    running = asyncio.ensure_future(asyncio.to_thread(work, *args))
+    cancelled = None
+    while not running.done():
+        try:
+            await asyncio.wait([running])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        running.exception()  # seen: the cancellation is what counts
+        raise cancelled
+    return running.result()
 
 
 class PageHashes:

@@ -113,7 +113,7 @@ class MachinePort(Protocol):
         ...
 
     def check_alive(self) -> None:
-        """Raise WorkloadError if a workload that was attached when `watch` was called is gone."""
+        """Raise WorkloadError if a workload with a part in the machine has left since `watch` was called."""
         ...
 
     def watch(self) -> None:
@@ -121,7 +121,7 @@ class MachinePort(Protocol):
         ...
 
     async def lost(self) -> None:
-        """Wait until a watched workload is gone, then raise WorkloadError naming it. Never returns."""
+        """Wait until a watched workload, or one that came since and had memory, is gone; then raise WorkloadError."""
         ...
 
     async def arrival_lost(self) -> None:

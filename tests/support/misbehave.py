@@ -52,6 +52,11 @@ def fail_on_load(machine: Machine) -> None:
     machine.device("picky", save=lambda: b"state", load=load, version_id=1)
 
 
+def idle_block(machine: Machine) -> None:
+    """A second block, in which nobody writes."""
+    machine.ram("scratch", 16 * PAGE)
+
+
 def deaf_to_cont(machine: Machine) -> None:
     """It hears that the machine goes on, and says nothing: the daemon waits for its answer."""
     machine._orders._cont = lambda order: None  # type: ignore[method-assign]
@@ -64,6 +69,7 @@ MODES: dict[str, Callable[[Machine], None]] = {
     "stray": stray,
     "die-on-save": die_on_save,
     "fail-on-load": fail_on_load,
+    "idle-block": idle_block,
     "deaf-to-cont": deaf_to_cont,
 }
 
