@@ -36,6 +36,7 @@ class Switchover:
         self._migration_id = migration_id
         self._proceed = asyncio.Event()
         self._on_commit: Callable[[], None] = lambda: None
+        self._answers = False
         self.committed = False
         """From here on nothing is cancelled any more."""
         self.handed_over = False
@@ -56,6 +57,7 @@ class Switchover:
         """Hand the machine over, or raise with the machine as it was before (unless OutcomeUnknown is raised)."""
         host = self._host
         self._on_commit = on_commit
+        self._answers = return_path is not None
         async with host.lock:
             previous = host.machine.run_state
             try:
@@ -93,9 +95,11 @@ class Switchover:
         async with self._host.lock.released():
             beat_s = self._host.settings.silence_timeout_s()
             while not self._proceed.is_set():
-                # The peer must not take an operator who thinks for a dead source.
-                f.put_command(Command.PING, ping_payload(0))
-                await f.drain()
+                if self._answers:
+                    # The peer must not take an operator who thinks for a dead source. (Without a return path it has
+                    # no such patience, and would refuse a PING.)
+                    f.put_command(Command.PING, ping_payload(0))
+                    await f.drain()
                 try:
                     async with asyncio.timeout(beat_s):
                         await self._proceed.wait()
@@ -156,7 +160,7 @@ class Switchover:
 
     async def _take_back(self, previous: RunState) -> None:
         host = self._host
-        self.committed = False
+        self.committed = self.handed_over = False
         if host.ownership.record.hold is Hold.RELEASED:
             await host.ownership.become(Hold.OWNER)
         await resume_machine(host, previous)

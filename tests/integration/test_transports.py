@@ -88,6 +88,19 @@ def test_half_a_file_is_no_machine(source: Site, make_site: MakeSite, tmp_path: 
     assert "cont" not in status.partition("next step")[2].partition("\n")[0]
 
 
+def test_into_a_file_with_a_pause_before(source: Site, make_site: MakeSite, tmp_path: Path) -> None:
+    uri = f"file:{tmp_path}/machine.state"
+    pause = {"capability": "pause-before-switchover", "state": True}
+    source.qmp.execute("migrate-set-capabilities", {"capabilities": [pause]})
+    source.qmp.execute("migrate", {"uri": uri})
+    wait_status(source, {"pre-switchover"})
+    source.qmp.execute("migrate-continue", {"state": "pre-switchover"})
+    wait_status(source, {"completed"})
+    b = deferred(make_site)
+    b.qmp.execute("migrate-incoming", {"uri": uri})
+    assert_moved(source, b)
+
+
 def test_a_file_with_an_offset_keeps_what_is_before_it(source: Site, make_site: MakeSite, tmp_path: Path) -> None:
     path = tmp_path / "machine.state"
     path.write_bytes(b"header".ljust(4096, b"."))
