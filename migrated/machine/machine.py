@@ -196,9 +196,11 @@ class Machine:
         self._lost = None
 
     def check_alive(self) -> None:
-        """Raise WorkloadError if a watched workload is gone."""
+        """Raise WorkloadError if a watched workload is gone, or one with a part of the machine that arrives."""
         if self._lost is not None:
             raise self._lost
+        if self._run_state is RunState.INMIGRATE and self._arrival_lost is not None:
+            raise self._arrival_lost
 
     async def lost(self) -> None:
         """Wait until a watched workload is gone, then raise. While somebody waits here, declarations are on hold."""
@@ -287,7 +289,8 @@ class Machine:
             await self.stop(RunState.PAUSED)
         self.set_run_state(RunState.INMIGRATE)
         self._arriving = True
-        self._arrival_lost = None
+        self._arrival_lost = self._lost = None
+        self._watched = set()
 
     def close(self) -> None:
         """Let go of all memory and descriptors. Twice does no harm."""

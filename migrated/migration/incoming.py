@@ -274,7 +274,10 @@ class IncomingMigration:
             self._stream.idle_timeout_s = None
 
     async def _wait_for_device(self, idstr: str, instance_id: int) -> None:
-        await self._host.machine.wait_declared([], [idstr], self._host.attach_timeout_s)
+        # The machine may stand still at the source by now, and its patience after the last byte is limited: our reason
+        # has to be there before it calls the outcome unknown.
+        patience_s = min(self._host.attach_timeout_s, self._host.settings.seconds("x-migrated-answer-timeout") / 2)
+        await self._host.machine.wait_declared([], [idstr], patience_s)
 
     async def _command(self, header: CommandHeader) -> None:
         match command := check_command(header):
@@ -309,6 +312,7 @@ class IncomingMigration:
             )
 
     async def _check_complete(self) -> None:
+        self._host.machine.check_alive()  # what went with a workload is not missed below
         for check in self._host.completeness:
             check()
         if missing := await self._host.registry.not_loaded(besides=OPTIONAL_SECTIONS):
@@ -355,6 +359,7 @@ class IncomingMigration:
         return state if state in RESTING else RunState.PAUSED
 
     async def _start_machine(self, state: RunState) -> None:
+        self._host.machine.check_alive()
         if state is RunState.RUNNING:
             await self._host.machine.cont()
         else:

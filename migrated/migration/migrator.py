@@ -231,6 +231,8 @@ class Migrator:
         """End an unknown outcome by an operator's word (``x-migrated-resolve``)."""
         if peer_is_fenced == peer_is_running:
             raise CommandError("say exactly one of peer-is-fenced and peer-is-running")
+        if self.busy:
+            raise CommandError(f"{BUSY}: its outcome is not unknown yet")
         ownership = self._host.ownership
         if not ownership.outcome_unknown:
             raise CommandError(f"there is nothing to resolve: {ownership.text()}")

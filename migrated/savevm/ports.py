@@ -113,7 +113,7 @@ class MachinePort(Protocol):
         ...
 
     def check_alive(self) -> None:
-        """Raise WorkloadError if a workload with a part in the machine has left since `watch` was called."""
+        """Raise WorkloadError if a workload with a part in the machine left since `watch` or `begin_incoming`."""
         ...
 
     def watch(self) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from migrated.demo.site import Site
 from migrated.errors import CommandError
+from tests.integration.conftest import MakeSite
 from tests.support.following import assert_still_runs, run_state, wait_status, wait_until
 from tests.support.proxy import Proxy
 
@@ -105,5 +106,31 @@ def test_a_destination_that_fails_late_resumes_the_source(held_pair: tuple[Site,
     (hold / "hold-load").unlink()
     figures = wait_status(a, {"failed"})
     assert "walker-B" in figures["error-desc"]
+    assert figures["x-migrated-outcome"] == "source-owns"
+    assert_still_runs(a)
+
+
+def test_nothing_is_resolved_while_the_answer_may_still_come(held_pair: tuple[Site, Site], link: Proxy) -> None:
+    a, b = held_pair
+    link.backward.limit, link.backward.at_limit = PONGS_BYTES, "stall"
+    a.qmp.execute("migrate", {"uri": link.uri})
+    b.wait_event("running")
+    for word in ("peer-is-running", "peer-is-fenced"):
+        with pytest.raises(CommandError, match="its outcome is not unknown yet"):
+            a.qmp.execute("x-migrated-resolve", {word: True})
+    link.resume()
+    assert wait_status(a, {"completed"})["x-migrated-outcome"] == "destination-owns"
+    assert_still_runs(b)
+
+
+def test_a_device_that_the_destination_lacks_is_no_unknown_outcome(make_site: MakeSite) -> None:
+    a = make_site("A", module="tests.support.misbehave", walker_arguments=["--mode", "fail-on-load"])
+    b = make_site("B")
+    a.qmp.execute("cont")
+    a.wait_event("running")
+    b.qmp.execute("migrate-set-parameters", {"x-migrated-answer-timeout": 1000})
+    a.qmp.execute("migrate", {"uri": b.address})
+    figures = wait_status(a, {"failed"})
+    assert "device picky" in figures["error-desc"]
     assert figures["x-migrated-outcome"] == "source-owns"
     assert_still_runs(a)
