@@ -48,7 +48,7 @@ def test_not_while_the_refused_source_is_still_listened_to(make_site: MakeSite) 
         source.sendall(broken_stream())
         wait_status(b, {"failed"})
         # The source has not closed yet, so the load is still being wound up.
-        with pytest.raises(CommandError, match="loaded only in part|not finalized yet"):
+        with pytest.raises(CommandError, match=r"loaded only in part|not finalized yet"):
             b.qmp.execute("cont")
     wait_until(lambda: run_state(b) == "inmigrate", "B waits")
     with pytest.raises(CommandError, match="loaded only in part"):
