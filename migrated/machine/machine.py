@@ -101,9 +101,15 @@ class Machine:
                 missing.append(f"RAM block {name}")
             elif not ready.issuperset(block.workloads):
                 missing.append(f"RAM block {name} ({', '.join(block.workloads)} is not ready)")
+            elif self._run_state is RunState.INMIGRATE and (going := self._going(block.workloads)):
+                # A signal workload runs until it is frozen: it would write over what arrives.
+                missing.append(f"RAM block {name} ({', '.join(going)} is not stopped yet)")
         there = [device for device in self.declared.devices.values() if device.workload in ready]
         missing.extend(f"device {idstr}" for idstr in devices if all(device.idstr != idstr for device in there))
         return missing
+
+    def _going(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if name in self.workloads and self.workloads[name].running]
 
     # -- run state ---------------------------------------------------------------------------------------------
 
@@ -177,6 +183,7 @@ class Machine:
                 return  # `stop` asks it
             else:
                 await workload.stop(self._stop_timeout_s())
+                self._notify()
         if workload.attached and workload.ready and self._throttle and not workload.signalled:
             await workload.throttle(self._throttle)
 
