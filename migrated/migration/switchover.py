@@ -62,7 +62,7 @@ class Switchover:
             previous = host.machine.run_state
             try:
                 await self._stop_and_send(f, previous)
-                await self._release(f, channel.peer)
+                await self._release(f, channel)
             except BaseException:  # CancelledError too: a cancelled switchover gives the machine back first
                 if not self.handed_over:
                     await insist(lambda: self._take_back(previous))
@@ -108,17 +108,21 @@ class Switchover:
         if not self._status.advance(MigrationStatus.DEVICE, expected={MigrationStatus.PRE_SWITCHOVER}):
             raise MigrationCancelled("cancelled before switchover")
 
-    async def _release(self, f: OutgoingStream, peer: str) -> None:
+    async def _release(self, f: OutgoingStream, channel: Channel) -> None:
         self._host.machine.check_alive()  # who watches may not have had its turn yet, and is dismissed here
         self.committed = True
         self._on_commit()
-        await self._host.ownership.become(Hold.RELEASED, peer=peer, migration_id=self._migration_id)
+        await self._host.ownership.become(Hold.RELEASED, peer=channel.peer, migration_id=self._migration_id)
         self._progress.ledger.mark("record", self._host.clock())
         f.put_end_of_stream(describe(f))
         self.handed_over = True
+        sent = channel.bytes_sent
         try:
             await f.drain()
         except ChannelError as error:
+            if channel.bytes_sent == sent:
+                self.handed_over = False  # not one byte of it has left
+                raise
             raise self._unknown(error) from error
 
     async def _answer(self, channel: Channel, return_path: ReturnPathReader | None, kind: PeerKind) -> None:
