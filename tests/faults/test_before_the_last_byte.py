@@ -150,3 +150,11 @@ def test_the_destinations_reason_reaches_the_source(
     assert reason in figures["error-desc"]
     assert_still_runs(a)
     migrate(a, b)
+
+
+def test_a_machine_does_not_leave_without_its_workload(make_site: Callable[..., Site]) -> None:
+    a, b = make_site("A", module=""), make_site("B", module="")
+    a.qmp.execute("cont")
+    with pytest.raises(CommandError, match="no workload is attached"):
+        a.qmp.execute("migrate", {"uri": b.address})
+    assert a.qmp.execute("x-migrated-query-ownership")["record"] == "owner"
