@@ -51,16 +51,36 @@ class FileRecordStore:
                 raise cancelled
 
     def _write(self, text: str) -> None:
-        aside = self._path.with_suffix(".new")
-        fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
+        before = self._path.read_text() if self._path.exists() else None
+        self._rename_aside(text)
         try:
-            os.write(fd, text.encode())
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+            self._sync_directory()
+        except OSError:
+            self._put_back(before)
+            raise
+
+    def _rename_aside(self, text: str) -> None:
+        aside = self._path.with_suffix(".new")
+        with open(aside, "w", opener=_open_aside) as file:  # writes all of it, or raises
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.rename(aside, self._path)
+
+    def _put_back(self, text: str | None) -> None:
+        """Undo what is not known to last: nobody acted on it, so nobody may find it after a restart."""
+        if text is None:
+            self._path.unlink(missing_ok=True)
+        else:
+            self._rename_aside(text)
+
+    def _sync_directory(self) -> None:
         directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+def _open_aside(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o640)

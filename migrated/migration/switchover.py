@@ -159,7 +159,11 @@ class Switchover:
         self._progress.ledger.end(host.clock())
         async with host.lock:
             host.machine.set_run_state(RunState.POSTMIGRATE)
-            await host.ownership.become(Hold.MOVED, peer=peer, migration_id=self._migration_id)
+            try:
+                await host.ownership.become(Hold.MOVED, peer=peer, migration_id=self._migration_id)
+            except OSError as error:
+                # It has moved all the same. A restart finds `released` on the disk and asks.
+                host.log.error("record_not_written", error=str(error), migration_id=self._migration_id)
             await host.machine.moved(peer)
 
     async def _take_back(self, previous: RunState) -> None:

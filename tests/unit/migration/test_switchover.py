@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import structlog
 
 from migrated.errors import ChannelClosed, OutcomeUnknown
 from migrated.migration.host import Host
@@ -44,6 +46,7 @@ class FakeMachine:
     """Its run state, and no workloads."""
 
     run_state = RunState.RUNNING
+    peer = ""
 
     def check_alive(self) -> None:
         return
@@ -57,6 +60,26 @@ class FakeMachine:
     async def cont(self) -> None:
         self.run_state = RunState.RUNNING
 
+    async def moved(self, peer: str) -> None:
+        self.peer = peer
+
+
+def fake_host(store: MemoryStore) -> Host:
+    lock = IothreadLock()
+    return cast(
+        Host,
+        SimpleNamespace(
+            machine=FakeMachine(),
+            registry=SaveVMRegistry(lock),
+            lock=lock,
+            ownership=Ownership(store),
+            global_state=SimpleNamespace(store=lambda run_state: None),
+            settings=SimpleNamespace(enabled=lambda name: False, seconds=lambda name: 10.0),
+            clock=time.monotonic,
+            log=structlog.get_logger(),
+        ),
+    )
+
 
 @pytest.mark.parametrize(
     ("room", "error", "hold", "state"),
@@ -68,23 +91,43 @@ class FakeMachine:
 async def test_only_a_byte_that_left_makes_the_outcome_unknown(
     room: int, error: type[Exception], hold: Hold, state: RunState
 ) -> None:
-    lock, machine = IothreadLock(), FakeMachine()
-    ownership = Ownership(MemoryStore({"hold": "owner", "epoch": 1}))
-
-    host = SimpleNamespace(
-        machine=machine,
-        registry=SaveVMRegistry(lock),
-        lock=lock,
-        ownership=ownership,
-        global_state=SimpleNamespace(store=lambda run_state: None),
-        settings=SimpleNamespace(enabled=lambda name: False),
-        clock=time.monotonic,
-    )
-    switchover = Switchover(cast(Host, host), Progress(time.monotonic), StatusCell(OUTGOING, lambda status: None), "id")
+    host = fake_host(MemoryStore({"hold": "owner", "epoch": 1}))
+    switchover = Switchover(host, Progress(time.monotonic), StatusCell(OUTGOING, lambda status: None), "id")
     channel = cast(Any, BreakingChannel(room))
     f = OutgoingStream(channel, BandwidthMeter())
     with pytest.raises(error):
         await switchover.run(f, channel, None, PeerKind.MIGRATED, lambda: None)
-    assert ownership.record.hold is hold
-    assert machine.run_state is state
+    assert host.ownership.record.hold is hold
+    assert host.machine.run_state is state
     assert switchover.handed_over is (hold is Hold.RELEASED)
+
+
+class FullDisk(MemoryStore):
+    """A store that has no room when the answer is there."""
+
+    async def write(self, record: dict[str, Any]) -> None:
+        self.fails = record["hold"] == "moved"
+        await super().write(record)
+
+
+class PatientChannel(BreakingChannel):
+    """Takes everything."""
+
+    async def send(self, data: bytes) -> None:
+        self.bytes_sent += len(data)
+
+
+async def test_a_machine_that_moved_has_moved_also_where_that_cannot_be_written() -> None:
+    store = FullDisk({"hold": "owner", "epoch": 1})
+    host = fake_host(store)
+    switchover = Switchover(host, Progress(time.monotonic), StatusCell(OUTGOING, lambda status: None), "id")
+    channel = cast(Any, PatientChannel(0))
+    answer = asyncio.get_running_loop().create_future()
+    answer.set_result(0)
+    return_path = cast(Any, SimpleNamespace(answer=answer))
+    f = OutgoingStream(channel, BandwidthMeter())
+    await switchover.run(f, channel, return_path, PeerKind.MIGRATED, lambda: None)
+    assert host.ownership.record.hold is Hold.MOVED
+    assert store.record is not None
+    assert store.record["hold"] == "released", "a restart asks"
+    assert cast(Any, host.machine).peer == "b:1", "its workloads were told"
