@@ -194,6 +194,8 @@ class Workload:
 
     def hung_up(self) -> bool:
         """Say whether its end of the connection is closed, though that may not have been read yet."""
+        if self._socket.sock.fileno() < 0:
+            return True  # it was disconnected, and its session has not ended yet
         poll = select.poll()
         poll.register(self._socket.sock, select.POLLRDHUP)
         return any(event & (select.POLLHUP | select.POLLRDHUP | select.POLLERR) for _, event in poll.poll(0))

@@ -52,6 +52,7 @@ class Migrator:
         self._arrived_before: IncomingMigration | None = None
         """The incoming migration that the present outgoing one came after."""
         self._listener: Listener | None = None
+        self._opening = False
         self._fds: dict[str, int] = {}
         self._autostart = True
         """False after a `stop` while a machine is awaited: it is to arrive paused, as QEMU has it."""
@@ -147,7 +148,7 @@ class Migrator:
 
     async def incoming(self, uri: str) -> None:
         """Open a listener (``migrate-incoming``). Raises CommandError."""
-        if self._listener is not None and not self._listener.over:
+        if self._opening or (self._listener is not None and not self._listener.over):
             raise CommandError("The incoming migration has already been started")
         if self._host.machine.run_state not in (RunState.INMIGRATE, RunState.POSTMIGRATE):
             raise CommandError("'-incoming' was not specified on the command line")
@@ -164,7 +165,11 @@ class Migrator:
                 f"{address} can be reached from other hosts, and peers are not authenticated. Next: name those that may"
                 ' connect in the configuration ([migration] allow = ["10.0.0.7", ...]), or listen on a loopback address'
             )
-        self._listener = await listen(address, self._receive, allow=self._allow, fds=self._take_fd)
+        self._opening = True  # opening takes its time, and a second listener would let a second machine in
+        try:
+            self._listener = await listen(address, self._receive, allow=self._allow, fds=self._take_fd)
+        finally:
+            self._opening = False
         self._host.log.info("waiting_for_machine", addresses=self._listener.addresses)
 
     async def _receive(self, channel: Channel) -> None:

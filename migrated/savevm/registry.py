@@ -32,6 +32,8 @@ from migrated.stream.outgoing import OutgoingStream
 from migrated.wire.section import SectionHeader, SectionType
 
 ANY_INSTANCE = -1
+#: A cleanup is not cancelled with its migration, and it holds the lock: a hook that hangs must not keep both for good.
+CLEANUP_TIMEOUT_S = 10.0
 #: An idstr travels behind one length byte.
 IDSTR_MAX_BYTES = 255
 #: What keeps its own type when a hook raises it; everything else becomes a SectionError that names the section.
@@ -60,8 +62,9 @@ class MissingSections(Protocol):
 class SaveVMRegistry:
     """Handlers of one machine: ``register_savevm_live``, ``unregister_savevm``, and every walk over them."""
 
-    def __init__(self, lock: IothreadLock) -> None:
+    def __init__(self, lock: IothreadLock, *, cleanup_timeout_s: float = CLEANUP_TIMEOUT_S) -> None:
         self.lock = self._lock = lock
+        self._cleanup_timeout_s = cleanup_timeout_s
         self._entries: list[SaveStateEntry] = []
         self._next_section_id = 0
         self._loading: dict[int, tuple[SaveStateEntry, int]] = {}
@@ -301,7 +304,11 @@ class SaveVMRegistry:
             if getattr(entry.ops, hook) is None:
                 continue
             try:
-                await self._call(entry, hook, entry.opaque)
+                async with asyncio.timeout(self._cleanup_timeout_s):
+                    await self._call(entry, hook, entry.opaque)
+            except TimeoutError:
+                why = f"no end within {self._cleanup_timeout_s:g} s"
+                failed.append(SectionError(entry.idstr, entry.instance_id, hook, why))
             except Exception as error:  # noqa: BLE001 - every handler gets its cleanup, whatever the others do
                 failed.append(SectionError(entry.idstr, entry.instance_id, hook, str(error)))
         return failed

@@ -592,3 +592,10 @@ async def test_a_flood_of_requests_is_answered_one_by_one(site: Site, attached: 
     await site.until("X_MIGRATED_WORKLOAD_LEFT")
     assert site.events[-1][1]["reason"] == "it does not read its attach socket"
     assert sent < 10_000
+
+
+async def test_a_name_is_free_as_soon_as_the_daemon_let_go_of_its_connection(site: Site) -> None:
+    async with raw_client(site) as first, raw_client(site) as second:
+        assert (await first.hello())["type"] == "welcome"
+        site.machine.workloads["raw"].disconnect("it does not read its attach socket")
+        assert (await second.hello())["type"] == "welcome"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from typing import Any
 
@@ -341,3 +342,19 @@ async def test_a_plain_load_state_that_meets_the_end_names_its_section() -> None
     async with bench.lock:
         with pytest.raises(RemoteProtocolError, match="the stream ends too early"):
             await bench.registry.load_state(bench.incoming(b"\0\0"), start(1, "plain"))
+
+
+async def test_a_cleanup_that_hangs_does_not_keep_the_lock_or_the_others_from_theirs() -> None:
+    lock = IothreadLock()
+    done: list[str] = []
+    registry = SaveVMRegistry(lock, cleanup_timeout_s=0.01)
+
+    async def hang(opaque: Any) -> None:
+        await asyncio.Event().wait()
+
+    registry.register_savevm_live("stuck", 0, 1, SaveVMHandlers(save_cleanup=hang), None)
+    registry.register_savevm_live("next", 0, 1, SaveVMHandlers(save_cleanup=done.append), "cleaned")
+    async with lock:
+        (failed,) = await registry.save_cleanup()
+    assert (failed.idstr, failed.why) == ("stuck", "no end within 0.01 s")
+    assert done == ["cleaned"]
