@@ -15,6 +15,7 @@ from migrated.savevm.handlers import SaveVMHandlers
 from migrated.savevm.registry import SaveVMRegistry
 from migrated.stream.incoming import IncomingStream
 from migrated.stream.outgoing import OutgoingStream
+from migrated.wire.primitives import printable
 
 GLOBALSTATE_VERSION = 1
 GLOBALSTATE_NAME_BYTES = 100
@@ -54,7 +55,7 @@ class GlobalState:
         try:
             self.received = RunState(name.decode()) if name else None
         except ValueError as error:
-            raise RemoteProtocolError(f"invalid parameter value: {name.decode(errors='replace')}") from error
+            raise RemoteProtocolError(f"invalid parameter value: {printable(name)}") from error
 
 
 class TimerState:

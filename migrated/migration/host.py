@@ -12,6 +12,7 @@ from typing import Protocol
 
 from structlog.typing import FilteringBoundLogger
 
+from migrated.errors import MigratedError
 from migrated.migration.ownership import Ownership
 from migrated.model.parameters import Capabilities, Parameters
 from migrated.model.runstate import RunState
@@ -97,3 +98,15 @@ def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """Return the error that a task group is about."""
     error = group.exceptions[0]
     return first_error(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+def without_frames(error: MigratedError) -> MigratedError:
+    """Cut the tracebacks off an error that is to be remembered.
+
+    Their frames hold the buffers of the migration; and, in a cycle with the error, until the collector comes by.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__context__
+    return error

@@ -24,7 +24,7 @@ from migrated.errors import (
     ProtocolError,
     RemoteProtocolError,
 )
-from migrated.migration.host import OPTIONAL_SECTIONS, Host, first_error, insist
+from migrated.migration.host import OPTIONAL_SECTIONS, Host, first_error, insist, without_frames
 from migrated.migration.ownership import Hold
 from migrated.migration.progress import Progress
 from migrated.migration.return_path import PeerKind, ReturnPathWriter
@@ -117,7 +117,7 @@ class IncomingMigration:
         except asyncio.CancelledError:
             await self._failed(MigrationCancelled("the daemon is stopping"))
         except (MigratedError, OSError) as error:
-            await self._failed(error if isinstance(error, MigratedError) else MigratedError(str(error)))
+            await self._failed(self._stream.located(error))
         except Exception as error:  # the top of a job: a bug here must not leave a source without an answer
             self._host.log.exception("migration_bug")
             await self._failed(MigratedError(f"internal error: {error!r}"))
@@ -126,10 +126,11 @@ class IncomingMigration:
         finally:
             self._progress.finish()
             await insist(self._cleanup)
+            self._stream.close()
             await self._channel.close()
 
     async def _failed(self, error: MigratedError) -> None:
-        self.error = error
+        self.error = without_frames(error)
         self._host.log.error("migration_failed", error=str(error), migration_id=self.migration_id, role="incoming")
         self.status.advance(MigrationStatus.ACTIVE, expected={MigrationStatus.NONE})
         self.status.advance(MigrationStatus.FAILED)
@@ -223,7 +224,12 @@ class IncomingMigration:
 
     async def _elements(self, first: int) -> None:
         ahead: int | None = first
+        clock = asyncio.get_running_loop().time
+        patience_s = PATIENCE * self._host.settings.silence_timeout_s()
+        begun_s = clock()
         while True:
+            if not self.touched and clock() - begun_s > patience_s:
+                raise RemoteProtocolError(f"no section within {patience_s:g} s", expected="a machine", found="commands")
             self._stream.section = "between sections"
             if ahead is None:
                 await self._stream.wait_for_element()
@@ -243,7 +249,7 @@ class IncomingMigration:
 
     async def _section(self, header: SectionHeader) -> None:
         await self._begin()
-        self._stream.section = f"{header.idstr or f'section id {header.section_id}'} ({header.kind.name})"
+        self._stream.section = f"{header.idstr or f'id {header.section_id}'} ({header.kind.name})"
         async with self._host.lock:
             idstr = await self._host.registry.load_state(self._stream, header, missing=self._wait_for_device)
         await self._stream.run(parse_footer(header.section_id, idstr))
@@ -310,6 +316,7 @@ class IncomingMigration:
             raise RemoteProtocolError(
                 "the source goes on after its description", expected="nothing behind it", found=f"{behind} bytes"
             )
+        self._stream.section = "end"
 
     async def _check_complete(self) -> None:
         self._host.machine.check_alive()  # what went with a workload is not missed below

@@ -21,7 +21,7 @@ from migrated.errors import (
     MigrationCancelled,
     OutcomeUnknown,
 )
-from migrated.migration.host import OPTIONAL_SECTIONS, Host, first_error, insist
+from migrated.migration.host import OPTIONAL_SECTIONS, Host, first_error, insist, without_frames
 from migrated.migration.progress import Progress
 from migrated.migration.return_path import FIRST_PING, SETUP_PING, PeerKind, ReturnPathReader
 from migrated.migration.switchover import Switchover
@@ -125,7 +125,7 @@ class OutgoingMigration:
             self.status.advance(MigrationStatus.CANCELLING)
             self.status.advance(MigrationStatus.CANCELLED)
             return
-        self.error = error
+        self.error = without_frames(error)
         self._host.log.error("migration_failed", error=str(error), migration_id=self.migration_id)
         self.status.advance(MigrationStatus.FAILED)
 

@@ -4,8 +4,8 @@ The rule of the file: one bounded buffer, and every wait for the peer has a dead
 by `run`; the bulk path (`peek`, `consume`, `fill`) lets the "ram" handler parse records where they lie.
 
 Deadlines: a peer may be silent *between* elements for `idle_timeout_s` (None: for ever, as a QEMU may be; TCP
-keepalive finds dead hosts), inside an element for `silence_timeout_s`, and whatever was asked for in one piece must be
-there after `PATIENCE` times that, so that one byte every few seconds is no way to hold a daemon.
+keepalive finds dead hosts), inside an element for `silence_timeout_s`, and what belongs together (a number, a text, a
+record) must be there after `PATIENCE` times that, so that one byte every few seconds is no way to hold a daemon.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ import struct
 from collections.abc import Callable
 from typing import TypeVar, cast
 
-from migrated.errors import ChannelTimeout, RemoteProtocolError
+from migrated.errors import (
+    ChannelError,
+    ChannelTimeout,
+    MigratedError,
+    RemoteProtocolError,
+    SectionError,
+    WorkloadError,
+)
 from migrated.transport.channel import Channel
 from migrated.wire.primitives import parse_counted_string
 from migrated.wire.pull import Parser
@@ -41,6 +48,8 @@ class IncomingStream:
         self._start = 0
         self._end = 0
         self._consumed = 0
+        self._front = -1
+        self._front_since_s = 0.0
         self.idle_timeout_s: float | None = None
         """How long the peer may be silent between two elements; None = for ever."""
         self.section = "stream header"
@@ -62,16 +71,44 @@ class IncomingStream:
         self._start += count
         self._consumed += count
 
-    async def fill(self, *, deadline_s: float | None = None) -> None:
-        """Receive more behind what is buffered. Raises RemoteProtocolError at the end of the stream."""
+    async def fill(self) -> None:
+        """Receive more behind what is buffered.
+
+        Raises RemoteProtocolError at the end of the stream, ChannelTimeout when the peer is silent or needs too long
+        for what is at the front: that must become whole, and be consumed.
+        """
+        left_s = self._patience_left_s()
         if self._start:
             # Only a partial record is ever moved: the bulk parser consumes all whole ones.
             remainder = self._end - self._start
             self._view[:remainder] = self._view[self._start : self._end]
             self._start, self._end = 0, remainder
-        timeout = self._silence_timeout_s() if deadline_s is None else deadline_s
-        count = await self._channel.receive_into(self._view[self._end :], deadline_s=timeout)
+        silence_s = self._silence_timeout_s()
+        try:
+            count = await self._channel.receive_into(self._view[self._end :], deadline_s=min(silence_s, left_s))
+        except ChannelTimeout as error:
+            if silence_s <= left_s:
+                raise
+            raise self._too_slow() from error
         self._take(count)
+
+    def _patience_left_s(self) -> float:
+        """Return how long what is at the front may still take. Raises ChannelTimeout when that is over."""
+        now = asyncio.get_running_loop().time()
+        if self._front != self._consumed:
+            self._front, self._front_since_s = self._consumed, now
+        left_s = self._front_since_s + PATIENCE * self._silence_timeout_s() - now
+        if left_s <= 0:
+            raise self._too_slow()
+        return left_s
+
+    def _too_slow(self) -> ChannelTimeout:
+        return ChannelTimeout(
+            f"the peer sends too slowly: {self._end - self._start} bytes of what belongs together in"
+            f" {PATIENCE * self._silence_timeout_s():g} s",
+            peer=self._channel.peer,
+            phase="receiving",
+        )
 
     def _take(self, count: int) -> None:
         if count == 0:
@@ -101,18 +138,8 @@ class IncomingStream:
                 expected=f"at most {PIECE_MAX_BYTES} bytes",
                 found=f"{count} bytes",
             )
-        if self._end - self._start < count:
-            patience = PATIENCE * self._silence_timeout_s()
-            try:
-                async with asyncio.timeout(patience):
-                    while self._end - self._start < count:
-                        await self.fill()
-            except TimeoutError as error:
-                raise ChannelTimeout(
-                    f"the peer sends too slowly: {self._end - self._start} of {count} bytes after {patience:g} s",
-                    peer=self._channel.peer,
-                    phase=f"reading {self.section}",
-                ) from error
+        while self._end - self._start < count:
+            await self.fill()
         data = bytes(self._view[self._start : self._start + count])
         self.consume(count)
         return data
@@ -139,10 +166,32 @@ class IncomingStream:
         except StopIteration as done:
             return cast(T, done.value)
         except RemoteProtocolError as error:
-            error.section = error.section or self.section
-            if error.offset is None:
-                error.offset = started
+            self._locate(error, started)
             raise
+
+    def located(self, error: MigratedError | OSError) -> MigratedError:
+        """Return the error with its place in the stream, where the stream has to do with it."""
+        match error:
+            case RemoteProtocolError():
+                self._locate(error, self.offset)
+                return error
+            case ChannelError() | SectionError() | WorkloadError():
+                return MigratedError(f"{error} (section {self.section}, stream offset {self.offset:#x})")
+            case MigratedError():
+                return error
+            case _:
+                return MigratedError(str(error))
+
+    def _locate(self, error: RemoteProtocolError, offset: int) -> None:
+        error.section = error.section or self.section
+        if error.offset is None:
+            error.offset = offset
+
+    def close(self) -> None:
+        """Let go of the buffer; nothing can be read any more. Twice does no harm."""
+        self._memory = bytearray()
+        self._view = memoryview(self._memory)
+        self._start = self._end = 0
 
     # -- the contract's gets -----------------------------------------------------------------------------------
 

@@ -63,13 +63,35 @@ def encode_counted_string(text: str) -> bytes:
 
 
 def decode_name(raw: bytes, what: str) -> str:
-    """Decode a name that came in; names are UTF-8 here (QEMU's are ASCII)."""
+    """Decode a name that came in; names are UTF-8 here (QEMU's are ASCII), without control characters.
+
+    A name ends up in logs, on terminals and in QMP answers, some readers of which stumble over a NUL.
+    """
+    name = _decode(raw, what)
+    if not name.isprintable():
+        raise RemoteProtocolError(f"{what} has characters that cannot be printed", found=repr(raw))
+    return name
+
+
+def _decode(raw: bytes, what: str) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
         raise RemoteProtocolError(f"{what} is not UTF-8", found=repr(raw)) from error
 
 
+def printable(raw: bytes) -> str:
+    """Decode a text that is only shown; "?" stands for each character that could do harm where it is shown."""
+    text = raw.decode(errors="replace")
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
 def parse_counted_string() -> Parser[str]:
     length = yield from parse_be8()
-    return decode_name((yield length), "a counted string") if length else ""
+    return _decode((yield length), "a counted string") if length else ""
+
+
+def parse_name() -> Parser[str]:
+    """Read a counted string that names something (`decode_name`)."""
+    length = yield from parse_be8()
+    return decode_name((yield length), "a name") if length else ""

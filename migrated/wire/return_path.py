@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from migrated.errors import RemoteProtocolError
-from migrated.wire.primitives import decode_name, encode_be16, encode_be32, parse_be16
+from migrated.wire.primitives import decode_name, encode_be16, encode_be32, parse_be16, printable
 from migrated.wire.pull import Parser
 
 #: QEMU's source reads a message into a buffer of this size.
@@ -163,5 +163,5 @@ _TABLE: dict[int, tuple[int, int, Callable[[bytes], ReturnMessage]]] = {
     Message.RESUME_ACK: (4, 4, lambda body: ResumeAck(_number(body))),
     Message.SWITCHOVER_ACK: (0, 0, lambda _: SwitchoverAck()),
     # The text goes to an operator: a bad byte in it must not hide the rest.
-    Message.X_REASON: (0, MESSAGE_MAX_BYTES, lambda body: Reason(body.decode(errors="replace"))),
+    Message.X_REASON: (0, MESSAGE_MAX_BYTES, lambda body: Reason(printable(body))),
 }

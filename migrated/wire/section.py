@@ -21,7 +21,7 @@ from migrated.wire.primitives import (
     parse_be8,
     parse_be16,
     parse_be32,
-    parse_counted_string,
+    parse_name,
 )
 from migrated.wire.pull import Parser
 
@@ -166,7 +166,7 @@ def parse_preamble() -> Parser[tuple[Configuration, int]]:
     machine_type = decode_name((yield length), "the machine type name") if length else ""
     found: dict[str, Any] = {}
     while (following := (yield from parse_be8())) == SectionType.SUBSECTION:
-        name = yield from parse_counted_string()
+        name = yield from parse_name()
         _check_subsection(name, found)
         version = yield from parse_be32()
         if version != _SUBSECTION_VERSION:
@@ -200,7 +200,7 @@ def _parse_capabilities() -> Parser[tuple[str, ...]]:
     _check_limit("list of capabilities", count, CAPABILITIES_MAX)
     names: list[str] = []
     while len(names) < count:
-        names.append((yield from parse_counted_string()))
+        names.append((yield from parse_name()))
     return tuple(names)
 
 
@@ -247,7 +247,7 @@ def parse_element(first: int | None = None) -> Parser[Element]:
     section_id = yield from parse_be32()
     if kind not in FULL_HEADER_KINDS:
         return SectionHeader(SectionType(kind), section_id)
-    idstr = yield from parse_counted_string()
+    idstr = yield from parse_name()
     if not idstr:
         raise RemoteProtocolError(f"Unable to read ID string for section {section_id}")
     instance_id = yield from parse_be32()

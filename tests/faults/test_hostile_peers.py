@@ -13,50 +13,11 @@ from tests.support import craft
 from tests.support.following import wait_until
 from tests.support.holding_site import HoldingSite
 from tests.support.hostile import BLOCKS, CASES, DEVICES, LEAD, MEMORY, RAM, Case
-from tests.support.visit import PONG, REASON, SHUT, Visit, visit
+from tests.support.target import PONG_BYTES, TOLD_NO, TOLD_YES, Target
+from tests.support.visit import PONG, REASON, Visit, visit
 
-#: Python's own ups and downs; a length that was believed would be far beyond it.
-GROWTH_MAX_BYTES = 24 << 20
-PONG_BYTES = 8
-TOLD_NO = (SHUT, craft.number(1, 4))
-TOLD_YES = (SHUT, craft.number(0, 4))
-
-
-class Target:
-    """A daemon that waits for machines, and what it is like when nobody is there."""
-
-    def __init__(self, site: HoldingSite) -> None:
-        self.site = site
-        self.port = site.port
-        self.descriptors = site.descriptors()
-        self.memory_bytes = site.private_bytes()
-
-    def refusal(self) -> str:
-        """Wait until the last visitor is refused and gone; return why. The daemon is as it was before."""
-        self.alone()
-        answer = self.site.query()
-        assert answer["status"] == "failed", answer
-        assert self.site.run_state() == "inmigrate"
-        return str(answer["error-desc"])
-
-    def alone(self) -> None:
-        """Wait until the daemon holds nothing of the last visitor any more."""
-        wait_until(lambda: self.site.descriptors() == self.descriptors, f"{self.site.descriptors()}")
-        assert self.site.private_bytes() < self.memory_bytes + GROWTH_MAX_BYTES
-
-    def takes_a_machine(self) -> None:
-        """Prove that a good machine arrives whole; then send it away, so that the daemon waits again."""
-        stream = craft.machine(MEMORY, DEVICES)
-        # A connection is closed at once, unheard, while the daemon still has the last visitor.
-        answers = wait_until(lambda: visit(self.port, craft.join(stream), end=True), "taken in")
-        assert answers == [(PONG, craft.number(craft.QEMUS_PING, 4)), TOLD_YES]
-        self.site.wait_status("completed")
-        assert {name: self.site.peek(name) for name in BLOCKS} == MEMORY
-        assert self.site.device("disk") == DEVICES["disk"]
-        assert self.site.run_state() == "paused"
-        self.site.migrate("file:/dev/null")
-        visit(self.port, LEAD + craft.ram_part(b"", section_id=77))
-        self.refusal()
+#: What a single migration has for its stream; a hundred of them are kept where one is forgotten.
+BUFFERS_BYTES = 3 << 19
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +26,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     devices = {name: len(state) for name, state in DEVICES.items()}
     with HoldingSite("site", directory, blocks=BLOCKS, devices=devices, attach_timeout_s=0.05) as site:
         target = Target(site)
-        target.takes_a_machine()
-        target.memory_bytes = site.private_bytes()
+        target.settle()
         yield target
 
 
@@ -146,8 +106,7 @@ def test_bytes_behind_a_whole_machine_leave_its_outcome_open(target: Target) -> 
     assert site.qmp.execute("x-migrated-query-ownership")["record"] == "accepted"
     site.qmp.execute("x-migrated-resolve", {"peer-is-running": True})
     assert site.run_state() == "postmigrate"
-    visit(target.port, LEAD + craft.ram_part(b"", section_id=77), end=True)
-    target.refusal()
+    target.waits_again()
     target.takes_a_machine()
 
 
@@ -180,8 +139,18 @@ def test_a_machine_that_runs_here_is_not_overwritten(target: Target) -> None:
     assert site.run_state() == "running"
     site.migrate("file:/dev/null")
     site.wait_event("moved")
-    visit(target.port, LEAD + craft.ram_part(b"", section_id=77), end=True)
-    target.refusal()
+    target.waits_again()
+    target.takes_a_machine()
+
+
+def test_refusals_leave_nothing_in_memory(target: Target) -> None:
+    """Neither the buffers of a stream nor the error that is remembered, with all that its frames refer to."""
+    bad = LEAD + RAM + craft.short_head(craft.PART, craft.RAM_ID) + bytes(8)
+    target.hear_out(bad)
+    before = target.site.private_bytes()
+    for _ in range(100):
+        target.hear_out(bad)
+    assert target.site.private_bytes() < before + BUFFERS_BYTES
     target.takes_a_machine()
 
 
@@ -195,9 +164,7 @@ def test_a_second_connection_is_closed_at_once(target: Target) -> None:
         assert first.hear().endswith(bytes(4))
     target.site.wait_status("completed")
     assert target.site.peek("mem0") == MEMORY["mem0"]
-    target.site.migrate("file:/dev/null")
-    visit(target.port, LEAD + craft.ram_part(b"", section_id=77), end=True)
-    target.refusal()
+    target.sends_it_away()
 
 
 def test_two_hundred_quick_connections(target: Target) -> None:

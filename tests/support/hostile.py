@@ -88,6 +88,8 @@ def _configuration_cases() -> Iterator[Case]:
             f"Machine type received is '{name}' and local is 'none'",
         )
     yield config("long name", craft.configuration(length=HUGE32), "too long", "at most 255", f"found {HUGE32}")
+    # What is shown must not steer a terminal, nor break a JSON reader that knows no NUL.
+    yield config("name of a terminal", craft.configuration("\x1b[2J"), "cannot be printed", "found b'\\x1b[2J'")
     yield config("name no text", b"\x07" + craft.number(4, 4) + b"\xff\xfe\xfd\xfc", "not UTF-8", "configuration")
 
     def sub(title: str, body: bytes, version: int = 1) -> bytes:
@@ -152,6 +154,7 @@ def _block_cases() -> Iterator[Case]:
     yield in_blocks("wrong size", craft.block_list([("mem0", 17 * PAGE)]), "Size mismatch: mem0: 0x11000 != 0x10000")
     yield in_blocks("twice", craft.block_list([*good, good[0]]), "bad name in the block list", "found 'mem0' twice")
     yield in_blocks("no name", craft.block_list([("", PAGE)]), "bad name in the block list", "found ''")
+    yield in_blocks("name with a NUL", craft.block_list([("mem\0", PAGE)]), "cannot be printed", "found b'mem\\x00'")
     yield in_blocks("name no text", craft.block_list([(b"\xff\xff", PAGE)]), "not UTF-8")
     yield in_blocks(
         "odd length", craft.block_list([("mem0", 4097)], PAGE * 2), "bad length", "0x1001", "multiple of 4096"
@@ -205,6 +208,8 @@ def _device_cases() -> Iterator[Case]:
     yield in_device("too long", craft.full("disk", craft.number(20, 4) + bytes(9)), "disk", "end")
     state = craft.number(7, 4) + b"flying".ljust(100, b"\0")
     yield in_device("run state", craft.full("globalstate", state), "invalid parameter value: flying", "globalstate")
+    state = craft.number(5, 4) + b"\x1b\n\r\x7f".ljust(100, b"\0")
+    yield in_device("run state of a terminal", craft.full("globalstate", state), "value: ???? (section globalstate")
     state = craft.number(HUGE32, 4) + b"running".ljust(100, b"\0")
     yield in_device(
         "run state length", craft.full("globalstate", state), "globalstate", "wrong length", f"found {HUGE32}"

@@ -54,6 +54,29 @@ class Visit:
             self.answer += data
         return self.answer
 
+    def listen(self, seconds: float) -> bytes | None:
+        """Return what comes within so many seconds: b"" for the end of the connection, None for nothing."""
+        self.socket.settimeout(seconds)
+        try:
+            data = self.socket.recv(1 << 16)
+        except TimeoutError:
+            return None
+        except ConnectionError:
+            return b""
+        finally:
+            self.socket.settimeout(DEADLINE_S)
+        self.answer += data
+        return data
+
+    def drip(self, data: bytes, pace_s: float, *, step: int = 1) -> bytes:
+        """Send ``step`` bytes at a time, listening in between, until the daemon ends it; return all it ever said."""
+        for at in range(0, len(data), step):
+            heard = self.listen(pace_s)
+            if heard is not None and not heard:
+                return self.answer
+            self.say(data[at : at + step])
+        raise AssertionError(f"{len(data)} bytes were taken, {step} at a time")
+
     def reset(self) -> None:
         """Close with RST."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

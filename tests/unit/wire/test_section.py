@@ -23,7 +23,7 @@ from migrated.wire.section import (
 from tests.unit.wire.captures import STREAM, UUID
 from tests.unit.wire.cuts import CUTS, assert_truncation_is_noticed, cut, largest_piece, parse, refusal
 
-NAMES = st.text(max_size=60)
+NAMES = st.text(max_size=60).filter(str.isprintable)
 U32 = st.integers(0, 2**32 - 1)
 
 # [V] subsections as a 7.2 source writes them
