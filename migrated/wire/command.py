@@ -53,6 +53,8 @@ PAYLOAD_MAX_BYTES = 0xFFFF
 #: and a second, unasked PONG(PEER_PONG) ("MIGD"), which a QEMU source would ignore.
 PEER_PING = 0x4D494752
 PEER_PONG = 0x4D494744
+#: Postcopy between two `migrated` daemons ("MIGC"): the source lets go of the machine. The echo says that it runs.
+COMMIT_PING = 0x4D494743
 
 
 def encode_command(command: Command, payload: bytes = b"") -> bytes:

@@ -144,6 +144,13 @@ class RamEncoder:
             return records.tobytes()
         return encode_be64(int(pages[0]) << _PAGE_SHIFT | Flag.ZERO) + name + bytes(1) + records[1:].tobytes()
 
+    def page(self, block: str, page: int, content: bytes) -> bytes:
+        """Return the record of one page: what a run of one would be, several times as fast."""
+        name = self._name(block)
+        self._block = block
+        flags = Flag.PAGE if name else Flag.PAGE | Flag.CONTINUE
+        return encode_be64(page << _PAGE_SHIFT | flags) + name + content
+
     def body_offsets(self, block: str, count: int) -> range:
         """Return where in a buffer the bodies of the next ``count`` page records of ``block`` belong.
 

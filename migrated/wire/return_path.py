@@ -4,27 +4,47 @@ The rule of the file: a message is refused by its head alone, before its body is
 length, body; no magic, no preamble. Source: QEMU's MIG_RP messages; error texts are QEMU's.
 
 RECV_BITMAP is special: the bitmap follows *behind* the message and is not counted in its length; whoever gets a
-`ReceivedBitmap` reads it next.
+`ReceivedBitmap` reads it next, with `parse_bitmap_body`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from migrated.errors import RemoteProtocolError
-from migrated.wire.primitives import decode_name, encode_be16, encode_be32, parse_be16, printable
+from migrated.errors import LocalProtocolError, RemoteProtocolError
+from migrated.wire.primitives import (
+    decode_name,
+    encode_be16,
+    encode_be32,
+    encode_be64,
+    encode_counted_string,
+    parse_be16,
+    parse_be64,
+    printable,
+)
 from migrated.wire.pull import Parser
 
 #: QEMU's source reads a message into a buffer of this size.
 MESSAGE_MAX_BYTES = 512
 #: Room for a sentence, with some of MESSAGE_MAX_BYTES left for later.
 REASON_MAX_BYTES = 500
+#: Numbers in X_FAULTS: requests, and for each of three classes count, p50, p99, maximum and 24 buckets.
+FAULT_WORDS = 1 + 3 * (4 + 24)
+#: What RESUME_ACK says; a QEMU takes any other value for an error.
+RESUME_OK = 1
+#: Behind a bitmap, so that a size both sides misunderstood alike is noticed.
+BITMAP_END_MARK = 0x0123456789ABCDEF
+_BITMAP_WORD_BYTES = 8
+_BITMAP_WORD_BITS = 64
+#: A bitmap is read in pieces of this size: that of 1 TiB has 32 MiB, far beyond what a stream gives in one piece.
+BITMAP_PIECE_BYTES = 64 << 10
 
 
 class Message(IntEnum):
-    """Type of a message; the names are QEMU's, X_REASON is a peer extension."""
+    """Type of a message; the names are QEMU's, X_REASON and X_FAULTS are peer extensions."""
 
     SHUT = 1
     PONG = 2
@@ -34,6 +54,7 @@ class Message(IntEnum):
     RESUME_ACK = 6
     SWITCHOVER_ACK = 7
     X_REASON = 0x4D01
+    X_FAULTS = 0x4D02
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +106,14 @@ class Reason:
     text: str
 
 
-ReturnMessage = Shut | Pong | RequestPages | ReceivedBitmap | ResumeAck | SwitchoverAck | Reason
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """Figures of a postcopy so far (`model.faults`); only between two `migrated` daemons."""
+
+    words: tuple[int, ...]
+
+
+ReturnMessage = Faults | Shut | Pong | RequestPages | ReceivedBitmap | ResumeAck | SwitchoverAck | Reason
 
 _REQ_PAGES_BYTES = 12
 _REQ_PAGES_ID_BYTES = _REQ_PAGES_BYTES + 1
@@ -101,6 +129,31 @@ def encode_shut(status: int) -> bytes:
 
 def encode_pong(value: int) -> bytes:
     return _encode(Message.PONG, encode_be32(value))
+
+
+def encode_request_pages(start: int, length: int, block: str | None = None) -> bytes:
+    """Encode a request for bytes of a block; None for the block of the last request on this connection."""
+    body = encode_be64(start) + encode_be32(length)
+    if block is None:
+        return _encode(Message.REQ_PAGES, body)
+    return _encode(Message.REQ_PAGES_ID, body + encode_counted_string(block))
+
+
+def encode_received_bitmap(block: str, bits: bytes) -> bytes:
+    """Encode which pages of a block were received, with what follows the message; ``bits`` are packed, 1 = received."""
+    if len(bits) % _BITMAP_WORD_BYTES:
+        raise LocalProtocolError(f"a received bitmap has whole words of 8 bytes, not {len(bits)} bytes")
+    message = _encode(Message.RECV_BITMAP, encode_counted_string(block))
+    return b"".join((message, encode_be64(len(bits)), bits, encode_be64(BITMAP_END_MARK)))
+
+
+def encode_resume_ack() -> bytes:
+    return _encode(Message.RESUME_ACK, encode_be32(RESUME_OK))
+
+
+def encode_faults(words: Sequence[int]) -> bytes:
+    """Encode the figures of a postcopy (`model.faults`); only for a `migrated` source."""
+    return _encode(Message.X_FAULTS, struct.pack(f">{FAULT_WORDS}I", *words))
 
 
 def encode_reason(text: str) -> bytes:
@@ -121,6 +174,30 @@ def parse_message() -> Parser[ReturnMessage]:
     if not least <= length <= most:
         raise _bad_length(kind, length, least if length < least else most)
     return build((yield length) if length else b"")
+
+
+def parse_bitmap_body(block: str, pages: int) -> Parser[bytes]:
+    """Read what follows a RECV_BITMAP message: the packed bitmap of a block that has ``pages`` pages here.
+
+    Raises RemoteProtocolError for another size, before any of it is asked for, and for a wrong end mark.
+    """
+    expected = -(-pages // _BITMAP_WORD_BITS) * _BITMAP_WORD_BYTES
+    size = yield from parse_be64()
+    if size != expected:
+        raise RemoteProtocolError(
+            f"ramblock '{block}' bitmap size mismatch ({size:#x} != {expected:#x})", section="return path"
+        )
+    bits = bytearray()
+    while len(bits) < size:
+        bits += yield min(BITMAP_PIECE_BYTES, size - len(bits))
+    mark = yield from parse_be64()
+    if mark != BITMAP_END_MARK:
+        raise RemoteProtocolError(
+            f"ramblock '{block}' end mark incorrect: {mark:#x}",
+            section="return path",
+            expected=f"{BITMAP_END_MARK:#x}",
+        )
+    return bytes(bits)
 
 
 def _bad_length(kind: Message, length: int, expected: int) -> RemoteProtocolError:
@@ -162,6 +239,7 @@ _TABLE: dict[int, tuple[int, int, Callable[[bytes], ReturnMessage]]] = {
     Message.RECV_BITMAP: (1, MESSAGE_MAX_BYTES, _received_bitmap),
     Message.RESUME_ACK: (4, 4, lambda body: ResumeAck(_number(body))),
     Message.SWITCHOVER_ACK: (0, 0, lambda _: SwitchoverAck()),
+    Message.X_FAULTS: (4 * FAULT_WORDS, 4 * FAULT_WORDS, lambda body: Faults(struct.unpack(f">{FAULT_WORDS}I", body))),
     # The text goes to an operator: a bad byte in it must not hide the rest.
     Message.X_REASON: (0, MESSAGE_MAX_BYTES, lambda body: Reason(printable(body))),
 }

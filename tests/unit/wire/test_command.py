@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from migrated.errors import LocalProtocolError, RemoteProtocolError
 from migrated.wire.command import (
+    COMMIT_PING,
     LENGTHS,
     PEER_PING,
     PEER_PONG,
@@ -30,6 +31,7 @@ def test_bytes() -> None:
     assert encode_ping(1) == bytes.fromhex("08 0002 0004 00000001")
     assert encode_ping(PEER_PING) == b"\x08\x00\x02\x00\x04MIGR"
     assert ping_payload(PEER_PONG) == b"MIGD"
+    assert encode_ping(COMMIT_PING) == b"\x08\x00\x02\x00\x04MIGC"
     assert encode_command(Command.POSTCOPY_RAM_DISCARD, DISCARD) == b"\x08\x00\x06\x00\x19" + DISCARD
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from migrated.errors import LocalProtocolError
+from migrated.model.bitmap import PageBitmap
+from migrated.stream.incoming import PIECE_MAX_BYTES
 from migrated.wire import return_path as rp
 from migrated.wire.pull import Parser, feed
 from tests.unit.wire.cuts import CUTS, assert_truncation_is_noticed, cut, largest_piece, parse, refusal
@@ -51,7 +55,8 @@ def test_every_message(raw: bytes) -> None:
     [
         ("0000 0000", "Received invalid message 0x0000 length 0x0000"),
         ("0008 0004 00000000", "Received invalid message 0x0008 length 0x0004"),
-        ("4d02 0001", "Received invalid message 0x4d02 length 0x0001"),
+        ("4d03 0001", "Received invalid message 0x4d03 length 0x0001"),
+        ("4d02 0001", "Received 'X_FAULTS' message (0x4d02) with incorrect length 1 expecting 340"),
         ("0001 0003", "Received 'SHUT' message (0x0001) with incorrect length 3 expecting 4"),
         ("0002 ffff", "Received 'PONG' message (0x0002) with incorrect length 65535 expecting 4"),
         ("0003 000c", "Received 'REQ_PAGES_ID' message (0x0003) with incorrect length 12 expecting 13"),
@@ -71,6 +76,86 @@ def test_every_message(raw: bytes) -> None:
 )
 def test_refusals(raw: str, text: str) -> None:
     assert refusal(rp.parse_message, bytes.fromhex(raw)) == text
+
+
+def test_requests_and_acknowledgement_as_captured() -> None:
+    assert rp.encode_request_pages(0x5000, 0x1000, "ram") == REQUEST_WITH_BLOCK
+    assert rp.encode_request_pages(0x6000, 0x1000) == REQUEST_SAME_BLOCK
+    assert rp.encode_resume_ack() == bytes.fromhex("0006 0004 00000001")
+
+
+@given(
+    st.integers(0, 2**64 - 1),
+    st.integers(0, 2**32 - 1),
+    st.none()
+    | st.text(st.characters(categories=["L", "N", "P"]), max_size=80).filter(lambda name: len(name.encode()) <= 255),
+    CUTS,
+)
+def test_requests_come_back(start: int, length: int, block: str | None, cuts: list[float]) -> None:
+    raw = rp.encode_request_pages(start, length, block)
+    assert feed(rp.parse_message(), cut(raw, cuts)) == rp.RequestPages(start, length, block)
+    assert len(raw) <= 4 + rp.MESSAGE_MAX_BYTES
+
+
+def received_bitmap(pages: int) -> Parser[tuple[rp.ReturnMessage, bytes]]:
+    message = yield from rp.parse_message()
+    assert isinstance(message, rp.ReceivedBitmap)
+    return message, (yield from rp.parse_bitmap_body(message.block, pages))
+
+
+def test_bytes_of_a_received_bitmap() -> None:
+    raw = rp.encode_received_bitmap("ram", b"\x05" + bytes(7))
+    assert raw == bytes.fromhex("0005 0004 03 72616d  0000000000000008  05000000 00000000  0123456789abcdef")
+    assert parse(lambda: received_bitmap(3), raw) == (rp.ReceivedBitmap("ram"), b"\x05" + bytes(7))
+    assert_truncation_is_noticed(lambda: received_bitmap(3), raw)
+
+
+@given(st.integers(0, 2000), st.sets(st.integers(0, 1999)), CUTS)
+def test_received_bitmaps_come_back(pages: int, received: set[int], cuts: list[float]) -> None:
+    bitmap = PageBitmap(pages)
+    bitmap.set_pages(np.array(sorted(page for page in received if page < pages), np.int64))
+    raw = rp.encode_received_bitmap("mem0", bitmap.to_bytes())
+    _, bits = feed(received_bitmap(pages), cut(raw, cuts))
+    found = PageBitmap.from_bytes(pages, bits)
+    assert found.count == bitmap.count
+    assert found.to_bytes() == bits == bitmap.to_bytes()
+
+
+def test_a_large_bitmap_is_read_in_pieces_a_stream_can_give() -> None:
+    pages = 3 * 8 * rp.BITMAP_PIECE_BYTES + 1
+    bitmap = PageBitmap(pages)
+    bitmap.set_all()
+    raw = rp.encode_received_bitmap("mem0", bitmap.to_bytes())
+    body = raw[raw.index(b"mem0") + 4 :]
+    assert feed(rp.parse_bitmap_body("mem0", pages), [body]) == bitmap.to_bytes()
+    assert largest_piece(rp.parse_bitmap_body("mem0", pages), body) == rp.BITMAP_PIECE_BYTES
+    assert rp.BITMAP_PIECE_BYTES <= PIECE_MAX_BYTES
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        ("0000000000000000", "ramblock 'ram' bitmap size mismatch (0x0 != 0x8)"),
+        ("ffffffffffffffff", "ramblock 'ram' bitmap size mismatch (0xffffffffffffffff != 0x8)"),
+        ("0000000000000010", "ramblock 'ram' bitmap size mismatch (0x10 != 0x8)"),
+        (
+            "0000000000000008 0000000000000000 efcdab8967452301",
+            "ramblock 'ram' end mark incorrect: 0xefcdab8967452301",
+        ),
+    ],
+)
+def test_bitmaps_that_are_refused(raw: str, text: str) -> None:
+    assert refusal(lambda: rp.parse_bitmap_body("ram", 64), bytes.fromhex(raw)) == text
+
+
+def test_a_bitmap_that_is_not_whole_words_is_never_sent() -> None:
+    with pytest.raises(LocalProtocolError, match="not 7 bytes"):
+        rp.encode_received_bitmap("ram", bytes(7))
+
+
+@given(st.binary(max_size=60) | st.binary(max_size=20).map(lambda raw: bytes(7) + b"\x10" + raw))
+def test_any_bitmap_is_bounded(data: bytes) -> None:
+    assert largest_piece(rp.parse_bitmap_body("ram", 100), data) <= 16
 
 
 @given(st.text(max_size=600), CUTS)
@@ -94,3 +179,8 @@ def test_reason_survives_what_is_not_text() -> None:
 @given(st.binary(max_size=600) | st.sampled_from(list(MESSAGES)).map(lambda raw: raw[:3] + b"\xff" + raw[4:]))
 def test_any_bytes_are_bounded(data: bytes) -> None:
     assert largest_piece(rp.parse_message(), data) <= rp.MESSAGE_MAX_BYTES
+
+
+def test_figures_come_back() -> None:
+    words = (*range(rp.FAULT_WORDS - 1), 2**32 - 1)
+    assert feed(rp.parse_message(), [rp.encode_faults(words)]) == rp.Faults(words)
