@@ -204,6 +204,12 @@ class PageBitmap:
         self._count = int(np.bitwise_count(words).sum())
         return self._count - before
 
+    def ranges(self) -> tuple[Pages, Pages]:
+        """Return the set pages as ascending ranges starts[i]..ends[i]-1."""
+        bits = np.unpackbits(self._words.view(np.uint8), bitorder="little").view(np.int8)
+        edges = np.diff(bits, prepend=np.int8(0), append=np.int8(0))
+        return np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+
     def to_bytes(self) -> bytes:
         """Return the bitmap as RECV_BITMAP carries it: whole words of 8 bytes."""
         return self._words.tobytes()

@@ -41,6 +41,19 @@ ENDED = frozenset({_S.CANCELLED, _S.COMPLETED, _S.FAILED})
 #: Neither ended nor not begun: a second migrate is refused.
 RUNNING = frozenset(MigrationStatus) - ENDED - {_S.NONE}
 
+#: The machine runs at the destination, or is about to, and its memory is at the source: nothing is cancelled any more.
+POSTCOPY = frozenset(
+    {
+        _S.POSTCOPY_DEVICE,
+        _S.POSTCOPY_ACTIVE,
+        _S.POSTCOPY_PAUSED,
+        _S.POSTCOPY_RECOVER_SETUP,
+        _S.POSTCOPY_RECOVER,
+    }
+)
+#: Statuses in which ``migrate-pause`` has something to pause.
+PAUSABLE = frozenset({_S.POSTCOPY_ACTIVE, _S.POSTCOPY_RECOVER})
+
 
 def is_running(status: MigrationStatus) -> bool:
     """Say whether a migration in this status refuses a second one."""
