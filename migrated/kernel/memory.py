@@ -14,6 +14,7 @@ import fcntl
 import mmap
 import os
 import stat
+from pathlib import Path
 
 from migrated.errors import KernelError
 
@@ -29,6 +30,10 @@ SEAL_WRITE = fcntl.F_SEAL_WRITE | 0x0010
 
 #: A populate call is uninterruptible; in steps of 4 MiB a cancelled thread ends within about a millisecond.
 POPULATE_STEP_BYTES = 4 << 20
+
+_TRANSPARENT_HUGEPAGE = Path("/sys/kernel/mm/transparent_hugepage")
+#: Settings under which shared memory gets pages larger than PAGE_SIZE without its owner's asking (madvise).
+SHMEM_HUGE_UNASKED = frozenset({"always", "within_size", "force"})
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -165,6 +170,32 @@ def data_extents(fd: int, start: int, end: int) -> list[tuple[int, int]]:
         extents.append((data, hole))
         position = hole
     return extents
+
+
+def shmem_huge_pages(settings: Path = _TRANSPARENT_HUGEPAGE) -> str:
+    """Return the host's setting for huge pages of shared memory: never, advise, deny, or one of SHMEM_HUGE_UNASKED.
+
+    A huge page fills its neighbours too, so where pages must stay missing the setting must not be one of the latter.
+    Newer kernels have a setting for each size besides; one of those that allows unasked what the first does not is the
+    answer. "never" where the kernel knows no such thing.
+    """
+    word = _active_word(settings / "shmem_enabled")
+    # force and deny of the first one overrule the settings of the sizes.
+    if word in SHMEM_HUGE_UNASKED or word == "deny":
+        return word
+    sizes = [_active_word(path) for path in sorted(settings.glob("hugepages-*/shmem_enabled"))]
+    return next((size for size in sizes if size in SHMEM_HUGE_UNASKED), word)
+
+
+def _active_word(setting: Path) -> str:
+    """Return the word in brackets."""
+    try:
+        text = setting.read_text(encoding="ascii")
+    except FileNotFoundError:
+        return "never"
+    except OSError as error:
+        raise KernelError("read", error.errno or 0, str(setting)) from error
+    return text.partition("[")[2].partition("]")[0]
 
 
 def retire_descriptor(fd: int, harmless: int) -> None:

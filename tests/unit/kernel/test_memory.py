@@ -203,6 +203,50 @@ def test_what_is_no_memory_has_no_holes() -> None:
         os.close(writer)
 
 
+@pytest.mark.parametrize(
+    ("shown", "sizes", "word"),
+    [
+        ("always within_size advise [never] deny force", {}, "never"),
+        (
+            "always within_size [advise] never deny force",
+            {"2048kB": "always [inherit] within_size advise never"},
+            "advise",
+        ),
+        ("[always] within_size advise never deny force", {}, "always"),
+        (
+            "always within_size advise never deny [force]",
+            {"64kB": "always inherit within_size advise [never]"},
+            "force",
+        ),
+        ("always within_size advise never [deny] force", {"64kB": "[always] inherit within_size advise never"}, "deny"),
+        (
+            "always within_size advise [never] deny force",
+            {
+                "2048kB": "always [inherit] within_size advise never",
+                "64kB": "always inherit [within_size] advise never",
+                "8kB": "always inherit within_size [advise] never",
+            },
+            "within_size",
+        ),
+    ],
+)
+def test_huge_pages_of_shared_memory(tmp_path: Path, shown: str, sizes: dict[str, str], word: str) -> None:
+    (tmp_path / "shmem_enabled").write_text(shown + "\n")
+    for size, text in sizes.items():
+        (tmp_path / f"hugepages-{size}").mkdir()
+        (tmp_path / f"hugepages-{size}" / "shmem_enabled").write_text(text + "\n")
+    assert memory.shmem_huge_pages(tmp_path) == word
+    assert (word in memory.SHMEM_HUGE_UNASKED) == (word in ("always", "within_size", "force"))
+
+
+def test_huge_pages_of_this_host(tmp_path: Path) -> None:
+    assert memory.shmem_huge_pages() in {"never", "advise", "deny", *memory.SHMEM_HUGE_UNASKED}
+    assert memory.shmem_huge_pages(tmp_path) == "never"
+    (tmp_path / "shmem_enabled").mkdir()
+    with pytest.raises(KernelError, match="read: EISDIR"):
+        memory.shmem_huge_pages(tmp_path)
+
+
 def test_a_retired_number_refers_to_nothing_that_matters(memfd: int) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     copy = os.dup(memfd)
