@@ -28,6 +28,7 @@ from migrated.transport.pipe import run_to_read
 from migrated.transport.readiness import Readiness
 from migrated.transport.unix_path import release_path
 
+BUSY = "another migration is under way"
 OnChannel = Callable[[Channel], Awaitable[None]]
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -36,13 +37,19 @@ class Listener:
     """Hands channels to ``on_channel``, one at a time, and drops each when that returns. Made by `listen`."""
 
     def __init__(
-        self, address: Address, on_channel: OnChannel, allow: Sequence[Network], log: FilteringBoundLogger
+        self,
+        address: Address,
+        on_channel: OnChannel,
+        allow: Sequence[Network],
+        second: Callable[[Channel], bool],
+        log: FilteringBoundLogger,
     ) -> None:
         self.address = address
         self.busy = False
         """True while a channel is being handled."""
         self._on_channel = on_channel
         self._allow = allow
+        self._second = second
         self._log = log.bind(listener=str(address))
         self._sockets: list[tuple[socket.socket, Readiness]] = []
         self._path: tuple[str, os.stat_result] | None = None
@@ -108,6 +115,9 @@ class Listener:
             except OSError:
                 sock.close()  # gone before it was looked at
                 continue
+            if refusal == BUSY and self._second(extra := SocketChannel(sock, peer)):
+                self._log.info("second_channel", peer=extra.peer)
+                continue
             if refusal:
                 self._log.warning("connection_refused", peer=peer, reason=refusal)
                 sock.close()
@@ -120,7 +130,7 @@ class Listener:
             host = ipaddress.ip_address(plain_host(sock.getpeername()[0].partition("%")[0]))
             if not any(host in network for network in self._allow):
                 return "the address is not in the list of allowed peers"
-        return "another migration is under way" if self.busy else None
+        return BUSY if self.busy else None
 
     async def _handle(self, channel: Channel) -> None:
         self.busy = True
@@ -159,14 +169,16 @@ async def listen(
     *,
     allow: Sequence[str] = (),
     fds: TakeFd,
+    second: Callable[[Channel], bool] = lambda channel: False,
     log: FilteringBoundLogger | None = None,
 ) -> Listener:
     """Listen on ``address``; ``exec:``, ``fd:`` and ``file:`` produce exactly one channel.
 
+    ``second`` is asked to take a connection that comes while one is handled; it is refused where that returns False.
     ``allow`` lists the IP addresses or networks that may connect by TCP; empty allows all. Raises ChannelError when
     the address cannot be had, CommandError for an impossible ``allow``, and what ``fds`` raises.
     """
-    listener = Listener(address, on_channel, parse_allow(allow), log or structlog.get_logger())
+    listener = Listener(address, on_channel, parse_allow(allow), second, log or structlog.get_logger())
     await listener.open(fds)
     return listener
 
