@@ -65,6 +65,8 @@ ADMISSION: dict[tuple[str, str], Facts | str] = {
 
 def initial_facts(client_state: str, machine: Machine) -> Facts:
     """Return what is true of a workload in ``client_state``. Raises ClaimRefused when it cannot be."""
+    if machine.barred:
+        raise ClaimRefused(machine.barred, again=True)
     states = {RunState.RUNNING: "running", RunState.INMIGRATE: "inmigrate", RunState.POSTMIGRATE: "postmigrate"}
     facts = ADMISSION[client_state, states.get(machine.run_state, "stopped")]
     if isinstance(facts, str):

@@ -43,6 +43,8 @@ class Declarations:
         self.devices: dict[tuple[str, int], WorkloadDevice] = {}
         self.hold: Callable[[], str] = lambda: ""
         """Why nothing may be added now; empty: it may."""
+        self.bar: Callable[[], str] = lambda: ""
+        """Why nothing may be mapped now, not even a block that exists; empty: it may."""
         self._retired = retired
         self._on_device_declared = on_device_declared
         self._on_device_withdrawn = on_device_withdrawn
@@ -95,6 +97,8 @@ class Declarations:
 
     def _check_request(self, workload: Workload, request: attach.MapRequest, memfd: int) -> None:
         name = request.name
+        if why := self.bar():
+            raise ClaimRefused(f"block '{name}' is not mapped: {why}", again=True)
         check_range(request.address, request.size)
         for other in self.mappings_of(workload):
             if request.address < other.address + other.length and other.address < request.address + request.size:

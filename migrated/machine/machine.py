@@ -44,10 +44,13 @@ class Machine:
         self.machine_type = machine_type
         self.peer = ""
         """Where the machine moved to, as far as known."""
+        self.barred = ""
+        """Why no workload may attach or map anything; empty: they may."""
         self.workloads: dict[str, Workload] = {}
         self.retired = RetiredDescriptors()
         self.declared = Declarations(self.retired, on_device_declared, on_device_withdrawn)
         self.declared.hold = self._why_hold
+        self.declared.bar = lambda: self.barred
         self._run_state = initial_run_state
         self._stopping = False
         self._stop_timeout_s = stop_timeout_s
@@ -140,8 +143,11 @@ class Machine:
                 if isinstance(result, BaseException):
                     raise result
 
-    async def cont(self) -> None:
-        """Let all workloads go on. Raises WorkloadError, with none running, only if a part of what arrived is lost."""
+    async def cont(self, *, confirm: bool = True) -> None:
+        """Let all workloads go on; without ``confirm``, do not wait until they say so.
+
+        Raises WorkloadError, with none running, only if a part of what arrived is lost.
+        """
         if self._run_state is RunState.RUNNING:
             await self._cont_all()  # those that a stop which was cancelled twice may have left behind
             return
@@ -150,13 +156,13 @@ class Machine:
         check_transition(self._run_state, RunState.RUNNING)
         self._run_state = RunState.RUNNING
         self._drop_unmapped("the machine runs without the workload that had them")
-        await self._cont_all()
+        await self._cont_all(confirm=confirm)
         self._on_event("RESUME", {})
 
-    async def _cont_all(self) -> None:
+    async def _cont_all(self, *, confirm: bool = True) -> None:
         waiting = [w for w in self.workloads.values() if w.unsettled or (w.ready and not w.running)]
         results = await asyncio.gather(
-            *(workload.cont(self._stop_timeout_s()) for workload in waiting), return_exceptions=True
+            *(workload.cont(self._stop_timeout_s(), confirm=confirm) for workload in waiting), return_exceptions=True
         )
         for workload, result in zip(waiting, results, strict=True):
             if isinstance(result, WorkloadError):
@@ -230,6 +236,10 @@ class Machine:
     def _why_hold(self) -> str:
         return "a migration is under way" if self._lost_waiters else ""
 
+    def bar(self, why: str) -> None:
+        """Let nobody attach or map anything from here on, and say why; "" ends that."""
+        self.barred = why
+
     def attach(self, workload: Workload) -> None:
         """Add a workload that was let in (`machine.attach` checks)."""
         workload.attached = True
@@ -275,6 +285,7 @@ class Machine:
 
     async def release(self) -> None:
         """Let go of the memory that no workload maps, and of what was lost with those that left."""
+        self.barred = ""
         self._drop_unmapped("released")
         self._arriving = False
         self._arrival_lost = None

@@ -102,13 +102,13 @@ class Workload:
         if process.has_exited(self.pidfd):
             raise WorkloadError(self.name, "its process exited")
 
-    async def cont(self, timeout_s: float) -> None:
+    async def cont(self, timeout_s: float, *, confirm: bool = True) -> None:
         """Let it go on, also after a stop that failed half-way. Raises WorkloadError when it does not say so in time.
 
         It counts as running from the moment it was told. One that did not answer the stop is told, and not waited for.
         """
         async with self._exclusively("cont", timeout_s):
-            waited_for = not self.unsettled
+            waited_for = confirm and not self.unsettled
             self.running = True
             self.unsettled = self.replaceable = False
             if self.signalled:

@@ -7,14 +7,17 @@ whoever hands them out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from migrated.model.faults import FaultFigures
 from migrated.model.runstate import RunState
+from migrated.stream.incoming import IncomingStream
+from migrated.stream.outgoing import OutgoingStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +103,11 @@ class MachinePort(Protocol):
         """
         ...
 
-    async def cont(self) -> None:
-        """Let every workload go on and enter ``running`` (RESUME event). Idempotent."""
+    async def cont(self, *, confirm: bool = True) -> None:
+        """Let every workload go on and enter ``running`` (RESUME event). Idempotent.
+
+        Without ``confirm`` nobody waits for their answers: one that waits for a page gives none.
+        """
         ...
 
     def set_run_state(self, run_state: RunState) -> None:
@@ -122,6 +128,10 @@ class MachinePort(Protocol):
 
     async def lost(self) -> None:
         """Wait until a watched workload, or one that came since and had memory, is gone; then raise WorkloadError."""
+        ...
+
+    def bar(self, why: str) -> None:
+        """Let no workload attach or map anything from here on, and say why; "" ends that."""
         ...
 
     async def arrival_lost(self) -> None:
@@ -145,6 +155,98 @@ class MachinePort(Protocol):
 
     async def begin_incoming(self) -> None:
         """A machine is about to arrive: refuse if one runs here. Raises WorkloadError when it cannot."""
+        ...
+
+
+class PostcopyLoadPort(Protocol):
+    """The destination's RAM in postcopy. Everything is called from the event loop."""
+
+    def advise(self) -> None:
+        """Postcopy may follow: catch touches of missing pages from now on. After load_setup, before the blocks.
+
+        Raises WorkloadError or KernelError where this host cannot do it.
+        """
+        ...
+
+    async def discard(self, block: str, ranges: Sequence[tuple[int, int]]) -> None:
+        """Drop what arrived of (start, length) byte ranges. Raises RemoteProtocolError for a wrong one."""
+        ...
+
+    def listen(self, request: Callable[[str, int, int], None]) -> None:
+        """Serve faults from here on; ``request(block, start, length)`` asks the source."""
+        ...
+
+    async def load_urgent(self, f: IncomingStream) -> None:
+        """Place the pages of a connection that carries nothing else, until its end."""
+        ...
+
+    def started(self) -> None:
+        """The machine runs: from here on no cleanup may let go of a page that is missing."""
+        ...
+
+    def reconnected(self) -> None:
+        """The link is a new one: what was half received on the old one is forgotten."""
+        ...
+
+    def request_again(self) -> None:
+        """Ask again for what somebody waits for."""
+        ...
+
+    def received(self, block: str) -> bytes:
+        """Return a block's received bitmap as RECV_BITMAP carries it. Raises RemoteProtocolError for an unknown one."""
+        ...
+
+    async def finish(self) -> None:
+        """Everything has arrived: stop serving. Raises RemoteProtocolError, and goes on serving, if it has not."""
+        ...
+
+    @property
+    def faults(self) -> FaultFigures | None:
+        """Figures of the present or the last postcopy."""
+        ...
+
+
+class BitmapSource(Protocol):
+    """The migration's state, as a handler sees it in ``resume_prepare``."""
+
+    async def received_bitmaps(self, pages: Mapping[str, int]) -> Mapping[str, bytes]:
+        """Ask the destination what it has of each block (name -> number of pages); bitmaps as RECV_BITMAP has them."""
+        ...
+
+
+class PostcopySavePort(Protocol):
+    """The source's RAM in postcopy."""
+
+    async def begin_postcopy(self, f: OutgoingStream, *, preempt: bool) -> None:
+        """Machine stopped, lock held: look at the log for the last time, discard at the destination what is not sent.
+
+        ``preempt``: what is requested goes over a connection of its own (`serve_urgent`).
+
+        From here on only what is requested is sent, until `begin_background`. Raises WorkloadError for a stray writer.
+        """
+        ...
+
+    def begin_background(self) -> None:
+        """Send everything else, too."""
+        ...
+
+    async def serve_urgent(self, f: OutgoingStream) -> None:
+        """Send what is requested over ``f``, which carries nothing else, until this is cancelled."""
+        ...
+
+    async def end_urgent(self, f: OutgoingStream) -> None:
+        """Say over ``f`` that nothing more comes."""
+        ...
+
+    async def wait_work(self, wait_s: float) -> None:
+        """Wait until something is requested; where everything is to be sent, for ``wait_s`` at most."""
+        ...
+
+    def request(self, block: str | None, start: int, length: int) -> None:
+        """Send these bytes of a block next (None: the block of the last request); what was sent is not sent again.
+
+        Raises RemoteProtocolError for a range that makes no sense.
+        """
         ...
 
 

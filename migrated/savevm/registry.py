@@ -32,6 +32,8 @@ from migrated.stream.outgoing import OutgoingStream
 from migrated.wire.section import SectionHeader, SectionType
 
 ANY_INSTANCE = -1
+#: A QEMU looks a PART up by its number, and what it has not loaded yet has the number 0 there.
+FIRST_SECTION_ID = 1
 #: A cleanup is not cancelled with its migration, and it holds the lock: a hook that hangs must not keep both for good.
 CLEANUP_TIMEOUT_S = 10.0
 #: An idstr travels behind one length byte.
@@ -66,7 +68,7 @@ class SaveVMRegistry:
         self.lock = self._lock = lock
         self._cleanup_timeout_s = cleanup_timeout_s
         self._entries: list[SaveStateEntry] = []
-        self._next_section_id = 0
+        self._next_section_id = FIRST_SECTION_ID
         self._loading: dict[int, tuple[SaveStateEntry, int]] = {}
         self._loaded: set[tuple[str, int]] = set()
 

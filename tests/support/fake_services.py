@@ -56,6 +56,15 @@ class FakeMigrator:
     async def incoming(self, uri: str) -> None:
         await self._called("incoming", uri)
 
+    def start_postcopy(self) -> None:
+        self.calls.append(("start_postcopy",))
+
+    def pause(self) -> None:
+        self.calls.append(("pause",))
+
+    async def recover(self, uri: str) -> None:
+        await self._called("recover", uri)
+
     def query(self) -> dict[str, object]:
         """The next answer of the script, then the last one for ever."""
         if self.script:
@@ -155,7 +164,7 @@ class FakeMachine:
     async def stop(self, run_state: RunState) -> None:
         raise NotImplementedError
 
-    async def cont(self) -> None:
+    async def cont(self, *, confirm: bool = True) -> None:
         raise NotImplementedError
 
     def set_run_state(self, run_state: RunState) -> None:
@@ -171,6 +180,9 @@ class FakeMachine:
         raise NotImplementedError
 
     async def lost(self) -> None:
+        raise NotImplementedError
+
+    def bar(self, why: str) -> None:
         raise NotImplementedError
 
     async def arrival_lost(self) -> None:

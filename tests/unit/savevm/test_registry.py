@@ -203,6 +203,15 @@ def test_instance_ids_any_and_explicit() -> None:
         registry.register_savevm_live("uart", 7, 1, ops, None)
 
 
+async def test_no_section_has_the_number_0() -> None:
+    """A QEMU takes the first handler with a PART's number, and 0 is that of all it has not loaded yet."""
+    bench = Bench()
+    bench.add("ram")
+    async with bench.lock:
+        await bench.registry.save_state(bench.f)
+    assert (await bench.sent())[:5] == bytes.fromhex("04 00000001")
+
+
 @pytest.mark.parametrize("idstr", ["", "x" * 256, "é" * 128])
 def test_an_idstr_must_fit_its_length_byte(idstr: str) -> None:
     with pytest.raises(LocalProtocolError, match="1 to 255 bytes"):
