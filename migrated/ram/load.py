@@ -6,42 +6,67 @@ every announced block was received. Blocks are emptied when a machine arrives, s
 Landing: contiguous runs go by ``pwrite`` into the memfd (no fault, no zeroing of what is overwritten anyway), from a
 small contiguous scratch buffer that stays in the cache; scattered pages are stored through the daemon's own mapping.
 Runs that follow each other are marked received as one: the bits cost as much as the copying, taken 64 at a time.
+
+Postcopy: once the stream is advised of it, the workloads' mappings catch touches of missing pages. From `listen` on
+pages are placed through those (`ram.place`), and no page that is missing is read or written here. Pages that are zero
+stay holes until somebody touches them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from migrated.errors import RemoteProtocolError
-from migrated.kernel.memory import punch_hole
+from migrated.errors import KernelError, RemoteProtocolError, WorkloadError
+from migrated.kernel import userfault, userfault_place
+from migrated.kernel.memory import SHMEM_HUGE_UNASKED, punch_hole, shmem_huge_pages
 from migrated.model.bitmap import PageBitmap
+from migrated.model.faults import FaultFigures
 from migrated.model.ramblock import RamBlock, check_block_list
 from migrated.model.stats import RamStats
-from migrated.savevm.ports import MachinePort, RamBlockPort
+from migrated.ram.fault_service import FaultService
+from migrated.ram.place import copy_pages
+from migrated.savevm.ports import MachinePort, RamBlockPort, TrackedMapping
 from migrated.stream.incoming import IncomingStream
 from migrated.wire.ram import PAGE, RAM_VERSION, BlockList, EndOfSection, PageRun, RamEvent, RamParser, ZeroRun
 
 #: Below this mean length, single pages are stored through the mapping instead of one pwrite per run.
 SHORT_RUN_PAGES = 8
 SCRATCH_PAGES = 256
+#: One UFFDIO_COPY: long enough to be cheap (18 us), short enough that an urgent page is not kept waiting.
+COPY_PAGES = 64
 
 
 class RamLoad:
     """State of the "ram" section for one incoming migration at a time."""
 
-    def __init__(self, machine: MachinePort, stats: RamStats, attach_timeout_s: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        machine: MachinePort,
+        stats: RamStats,
+        attach_timeout_s: Callable[[], float],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._machine = machine
         self._stats = stats
         self._attach_timeout_s = attach_timeout_s
+        self._clock = clock
+        self.faults: FaultFigures | None = None
+        self._service: FaultService | None = None
         self._reset()
 
     def _reset(self) -> None:
+        self._advised = False
+        self._started = False
+        self._registered: list[TrackedMapping] = []
         self._arrivals: dict[str, _Arrivals] = {}
         self._parser = RamParser({})
         self._scratch = np.empty(0, np.uint8)
@@ -51,6 +76,7 @@ class RamLoad:
     async def load_setup(self, f: IncomingStream, opaque: Any) -> None:
         """Forget the last load."""
         self._reset()
+        self.faults = None
         self._scratch = np.empty(SCRATCH_PAGES * PAGE, np.uint8)
 
     async def load_state(self, f: IncomingStream, opaque: Any, version_id: int) -> None:
@@ -59,8 +85,11 @@ class RamLoad:
             raise RemoteProtocolError(
                 "the ram section has another version", section="ram", expected=str(RAM_VERSION), found=str(version_id)
             )
+        await self._load(f, self._parser)
+
+    async def _load(self, f: IncomingStream, parser: RamParser) -> None:
         while True:
-            events, used = self._parser.parse(f.peek())
+            events, used = parser.parse(f.peek())
             done = False
             for event in events:
                 done = await self._take(event)
@@ -71,7 +100,12 @@ class RamLoad:
                 await f.fill()
 
     async def load_cleanup(self, opaque: Any) -> None:
-        """Let go of buffers and bitmaps."""
+        """Let go of buffers and bitmaps. A machine that runs keeps its registrations: who waits must not read zeros."""
+        if self._service is not None:
+            self._service.stop()
+            self._service = None
+        if not self._started:
+            self._unregister()
         self._reset()
 
     # -- for the engine ----------------------------------------------------------------------------------------
@@ -89,6 +123,101 @@ class RamLoad:
                 "the stream ended before all memory had arrived", section="ram", found="missing " + "; ".join(missing)
             )
 
+    # -- postcopy ----------------------------------------------------------------------------------------------
+
+    def advise(self) -> None:
+        """Catch touches of missing pages as soon as there are blocks. Raises WorkloadError."""
+        if (pages := shmem_huge_pages()) in SHMEM_HUGE_UNASKED:
+            raise KernelError(
+                "postcopy", errno.EINVAL,
+                f"transparent huge pages would fill memory that has not arrived: shmem_enabled is '{pages}', expected"
+                " 'never' or 'advise' in /sys/kernel/mm/transparent_hugepage",
+            )  # fmt: skip
+        self._advised = True
+
+    async def discard(self, block: str, ranges: Sequence[tuple[int, int]]) -> None:
+        """Drop pages that arrived, or may have."""
+        arrivals = self._arrivals_of(block)
+        size = arrivals.block.size_bytes
+        for start, length in ranges:
+            if start % PAGE or length % PAGE or start + length > size:
+                raise RemoteProtocolError(
+                    f"discard of a wrong range of RAM block {block}",
+                    expected=f"whole pages below {size:#x}",
+                    found=f"{length:#x} bytes from {start:#x}",
+                )
+        await asyncio.to_thread(_punch, arrivals.block.memfd, ranges)
+        for start, length in ranges:
+            arrivals.remove(start // PAGE, (start + length) // PAGE)
+
+    def listen(self, request: Callable[[str, int, int], None]) -> None:
+        """Serve faults from here on. Whoever maps a block now would read what is missing as zeros: nobody may."""
+        self._machine.bar("its machine runs, and a part of its memory has not arrived")
+        blocks = [arrivals.block for arrivals in self._arrivals.values()]
+        self._service = FaultService(blocks, self._is_received, request, self._clock)
+        self.faults = self._service.figures
+        self._service.start()
+
+    async def load_urgent(self, f: IncomingStream) -> None:
+        """Place what was requested."""
+        f.section = "requested pages"
+        await self._load(f, self._new_parser())
+
+    def _new_parser(self) -> RamParser:
+        return RamParser({name: arrivals.block.size_bytes for name, arrivals in self._arrivals.items()})
+
+    def started(self) -> None:
+        """The machine runs here."""
+        self._started = True
+
+    def reconnected(self) -> None:
+        """Forget what was half received on the connection that broke."""
+        self._parser = self._new_parser()
+
+    def request_again(self) -> None:
+        """Ask again for what somebody waits for."""
+        if self._service is not None:
+            self._service.request_again()
+
+    def received(self, block: str) -> bytes:
+        """Return the received bitmap of a block."""
+        return self._arrivals_of(block).received.to_bytes()
+
+    async def finish(self) -> None:
+        """Stop serving: every page is here. Twice does no harm."""
+        self.check_complete()
+        if self._service is not None:
+            self._service.stop()
+            self._service = None
+        self._unregister()
+
+    def _arrivals_of(self, block: str) -> _Arrivals:
+        if block not in self._arrivals:
+            raise RemoteProtocolError(f"Can't find block {block}", expected=", ".join(self._arrivals), found=block)
+        return self._arrivals[block]
+
+    def _is_received(self, block: str, page: int) -> bool:
+        return self._arrivals[block].received.test(page)
+
+    def _register(self, block: RamBlockPort) -> None:
+        for mapping in block.mappings:
+            if mapping.userfault < 0 or not userfault_place.can_serve_missing(mapping.userfault):
+                raise WorkloadError(
+                    mapping.workload,
+                    "it cannot wait for pages (it has no userfaultfd that could tell): postcopy needs one for each"
+                    " process. Next: migrate with postcopy-ram off, or run it with the right to use userfaultfd",
+                )
+            userfault.register(mapping.userfault, mapping.address, mapping.length, userfault.MODE_MISSING)
+            self._registered.append(mapping)
+
+    def _unregister(self) -> None:
+        if self._registered:
+            self._machine.bar("")
+        registered, self._registered = self._registered, []
+        for mapping in registered:
+            with contextlib.suppress(KernelError):  # gone, and its registration with it
+                userfault.unregister(mapping.userfault, mapping.address, mapping.length)
+
     # -- inside ------------------------------------------------------------------------------------------------
 
     async def _take(self, event: RamEvent) -> bool:
@@ -96,7 +225,7 @@ class RamLoad:
             case PageRun():
                 await self._place_pages(event)
             case ZeroRun():
-                self._place_zeros(event)
+                await self._place_zeros(event)
             case BlockList():
                 await self._accept_blocks(event)
             case EndOfSection():
@@ -111,6 +240,8 @@ class RamLoad:
         self._stats.total = announced.total
         for name in names:
             block = local[name]
+            if self._advised:
+                self._register(block)
             await asyncio.to_thread(punch_hole, block.memfd, 0, block.size_bytes)
             self._arrivals[name] = _Arrivals(block)
         self._parser.blocks = dict(announced.blocks)
@@ -118,7 +249,10 @@ class RamLoad:
     async def _place_pages(self, run: PageRun) -> None:
         arrivals, pages = self._arrivals[run.block], run.pages
         breaks = np.flatnonzero(np.diff(pages) != 1) + 1
-        if not len(breaks):
+        if self._service is not None:
+            for start, end in zip([0, *breaks.tolist()], [*breaks.tolist(), len(pages)], strict=True):
+                await self._copy_run(arrivals, int(pages[start]), run.data[start:end])
+        elif not len(breaks):
             first = int(pages[0])
             self._write_run(arrivals.block, first, run.data)
             arrivals.add_run(first, first + len(pages))
@@ -141,9 +275,29 @@ class RamLoad:
             while written < len(flat):
                 written += os.pwrite(block.memfd, flat.data[written:], (page + start) * PAGE + written)
 
-    def _place_zeros(self, run: ZeroRun) -> None:
+    async def _copy_run(self, arrivals: _Arrivals, page: int, data: NDArray[np.uint8]) -> None:
+        """Place a run in a machine that listens or runs."""
+        assert self._service is not None
+        for start in range(0, len(data), COPY_PAGES):
+            part = data[start : start + COPY_PAGES]
+            flat = self._scratch[: len(part) * PAGE].reshape(-1, PAGE)
+            np.copyto(flat, part)
+            copy_pages(arrivals.block, page + start, flat, arrivals.received)
+            arrivals.add_run(page + start, page + start + len(part))
+            self._service.placed(arrivals.block.name)
+            if len(part) == COPY_PAGES:
+                await asyncio.sleep(0)  # an urgent page may have come on its own connection
+
+    async def _place_zeros(self, run: ZeroRun) -> None:
         arrivals = self._arrivals[run.block]
-        if run.fill:
+        if self._service is not None:
+            if run.fill:
+                for page in run.pages.tolist():
+                    await self._copy_run(arrivals, page, np.full((1, PAGE), run.fill, np.uint8))
+            else:
+                arrivals.add_holes(run.pages)
+                self._service.placed(run.block)
+        elif run.fill:
             # QEMU 7.2 loads any fill byte, though nobody sends one but 0.
             arrivals.block.pages[run.pages] = run.fill
             arrivals.add_pages(run.pages)
@@ -152,6 +306,11 @@ class RamLoad:
                 arrivals.block.pages[stale] = 0
             arrivals.add_holes(run.pages)
         self._stats.duplicate += len(run.pages)
+
+
+def _punch(memfd: int, ranges: Sequence[tuple[int, int]]) -> None:
+    for start, length in ranges:
+        punch_hole(memfd, start, length)
 
 
 class _Arrivals:
@@ -167,8 +326,19 @@ class _Arrivals:
     @property
     def count(self) -> int:
         """How many pages have arrived."""
+        return self.received.count
+
+    @property
+    def received(self) -> PageBitmap:
+        """The pages that have arrived."""
         self._settle()
-        return self._received.count
+        return self._received
+
+    def remove(self, start: int, end: int) -> None:
+        """Forget the pages start..end-1: they were dropped."""
+        self._settle()
+        self._received.clear_range(start, end)
+        self._with_data.clear_range(start, end)
 
     def add_run(self, start: int, end: int) -> None:
         """Add the pages start..end-1, which hold data."""
@@ -192,6 +362,8 @@ class _Arrivals:
         return pages[self._with_data.test_pages(pages)]
 
     def _settle(self) -> None:
+        if not self._run:
+            return
         for bitmap in (self._received, self._with_data):
             bitmap.set_range(self._run.start, self._run.stop)
         self._run = range(0)

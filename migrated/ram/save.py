@@ -10,30 +10,36 @@ pages out of the announced holes before they could overwrite newer content.
 Pages in long runs are read by ``preadv`` straight into their records (no fault, no page tables, the GIL is free);
 scattered ones are gathered from the daemon's mapping.
 
+Postcopy: from `begin_postcopy` on the machine runs at the other end. What is left in the bitmaps is sent once, what is
+requested first; before `begin_background` nothing else. Chunks are small then: what lies in the socket stands in front
+of the next urgent page.
+
 Format: wire.ram. Loop structure: QEMU's ram_save_iterate (50 ms per call, rate limit).
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from migrated.errors import WorkloadError
+from migrated.errors import RemoteProtocolError, WorkloadError
 from migrated.kernel.memory import data_extents
 from migrated.model.bitmap import PageBitmap
 from migrated.model.stats import RamStats
 from migrated.ram.dirty import DirtyLog
+from migrated.ram.page_requests import PageRequests
+from migrated.ram.page_sender import PageSender
 from migrated.savevm.handlers import Pending
 from migrated.savevm.iothread_lock import IothreadLock
-from migrated.savevm.ports import MachinePort, RamBlockPort
+from migrated.savevm.ports import BitmapSource, MachinePort, RamBlockPort
 from migrated.stream.outgoing import OutgoingStream
-from migrated.wire.ram import EOS, PAGE, RamEncoder, bodies, encode_block_list
+from migrated.wire.postcopy import encode_discards
+from migrated.wire.ram import EOS, PAGE, encode_block_list
 
 #: One send: 1 MiB is where loopback and Python stop gaining; small sends are what hurts.
 CHUNK_BYTES = 1 << 20
@@ -44,6 +50,11 @@ ZERO_RECORD_BYTES = 9
 LONG_RUN_PAGES = 8
 #: QEMU looks at the clock and leaves ram_save_iterate after 50 ms, so that other handlers get their turn.
 ITERATE_MAX_S = 0.050
+#: In postcopy: a loopback sends this in 50 us, a 10 Gbit/s link in 100 us.
+POSTCOPY_CHUNK_BYTES = 128 << 10
+URGENT_CHUNK_BYTES = 16 << 10
+#: In postcopy commands and heartbeats wait for the end of a section.
+POSTCOPY_ITERATE_MAX_S = 0.010
 
 
 class RamSave:
@@ -56,8 +67,14 @@ class RamSave:
         stats: RamStats,
         *,
         on_sync: Callable[[int], None],
+        postcopy: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.requested = asyncio.Event()
+        """Set while something is asked for."""
+        self._everything = asyncio.Event()
+        """Set while all that is left is to be sent, not only what is asked for."""
+        self._postcopy_allowed = postcopy
         self._machine = machine
         self._lock = lock
         self._stats = stats
@@ -72,10 +89,14 @@ class RamSave:
         self._log: DirtyLog | None = None
         self._cursor_block = 0
         self._cursor_page = 0
-        self._encoder = RamEncoder()
-        self._chunk = np.empty(0, np.uint8)
-        self._rows_at = range(0)
-        self._rows: list[memoryview] = []
+        self._sender = PageSender(self._stats, 0)
+        self._urgent = PageSender(self._stats, 0)
+        self._requests = PageRequests({})
+        self._postcopy = False
+        self._preempt = False
+        self._urgent_turn = asyncio.Lock()
+        self._everything.clear()
+        self.requested.clear()
 
     # -- hooks -------------------------------------------------------------------------------------------------
 
@@ -83,7 +104,7 @@ class RamSave:
         """Arm write tracking, mark everything dirty, announce the blocks."""
         self._reset()
         self._blocks = list(self._machine.ram_blocks())
-        self._chunk = np.empty(CHUNK_BYTES + 512, np.uint8)
+        self._sender = PageSender(self._stats, CHUNK_BYTES)
         self._log = DirtyLog(self._blocks)
         self._stats.total = sum(block.size_bytes for block in self._blocks)
         self._stats.page_size = PAGE
@@ -96,20 +117,33 @@ class RamSave:
         f.put_buffer(encode_block_list([(block.name, block.size_bytes) for block in self._blocks]))
 
     async def save_live_pending(self, f: OutgoingStream, opaque: Any, threshold_size: int) -> Pending:
-        """Count what is dirty; when that is less than the threshold, look again first, so that it is exact."""
-        if self._pending_bytes() < threshold_size:
+        """Count what is dirty; when that is less than the threshold, or nothing, look again first: then it is exact."""
+        if self._pending_bytes() < max(threshold_size, 1):
             async with self._lock:
                 await self._sync()
-        return Pending(precopy_only=self._pending_bytes())
+        pending = self._pending_bytes()
+        return Pending(compatible=pending) if self._postcopy_allowed() else Pending(precopy_only=pending)
+
+    async def has_postcopy(self, opaque: Any) -> bool:
+        """Say whether what is left may follow the machine."""
+        return self._postcopy_allowed()
 
     async def save_live_iterate(self, f: OutgoingStream, opaque: Any) -> bool:
         """Send dirty pages until the window's budget or 50 ms are used up, or nothing is left (True)."""
-        deadline = self._clock() + ITERATE_MAX_S
+        deadline = self._clock() + (POSTCOPY_ITERATE_MAX_S if self._postcopy else ITERATE_MAX_S)
         done = False
-        while not done and not f.rate_limit_exceeded() and self._clock() < deadline:
+        while not done:
+            if self._postcopy and not self._preempt:
+                await self._send_requested(f, self._sender)
+            if self._only_requests or f.rate_limit_exceeded() or self._clock() >= deadline:
+                break
             done = not await self._send_chunk(f)
         f.put_buffer(EOS)
         return done
+
+    @property
+    def _only_requests(self) -> bool:
+        return self._postcopy and not self._everything.is_set()
 
     async def save_live_complete_precopy(self, f: OutgoingStream, opaque: Any) -> None:
         """Send what the stopped machine left dirty, then prove that nobody writes any more."""
@@ -117,6 +151,25 @@ class RamSave:
         while await self._send_chunk(f):
             pass
         f.put_buffer(EOS)
+        await self._require_stopped()
+
+    async def save_live_complete_postcopy(self, f: OutgoingStream, opaque: Any) -> None:
+        """Say that nothing is left."""
+        f.put_buffer(EOS)
+
+    async def resume_prepare(self, s: BitmapSource, opaque: Any) -> None:
+        """Recovery: what is left to send is what the destination says that it has not."""
+        received = await s.received_bitmaps({block.name: block.size_bytes // PAGE for block in self._blocks})
+        for block in self._blocks:
+            dirty, holes = await asyncio.to_thread(_split_holes, block)
+            arrived = PageBitmap.from_bytes(block.size_bytes // PAGE, received[block.name])
+            dirty.subtract(arrived)
+            holes.subtract(arrived)
+            self._dirty[block.name], self._holes[block.name] = dirty, holes
+        self._begin_sending()
+        self._update_remaining()
+
+    async def _require_stopped(self) -> None:
         assert self._log is not None
         if (stray := await self._log.stray_write()) is not None:
             raise WorkloadError(
@@ -131,6 +184,114 @@ class RamSave:
         self._reset()
         if log is not None:
             await log.stop()
+
+    # -- postcopy ----------------------------------------------------------------------------------------------
+
+    async def begin_postcopy(self, f: OutgoingStream, *, preempt: bool) -> None:
+        """Look at the log for the last time, and have the destination drop what is not sent yet."""
+        self._preempt = preempt
+        await self._sync()
+        await self._require_stopped()
+        nothing = True
+        for block in self._blocks:
+            left = PageBitmap(block.size_bytes // PAGE)
+            left.or_update(self._dirty[block.name])
+            left.or_update(self._holes[block.name])
+            if left.count:
+                starts, ends = left.ranges()
+                f.put_buffer(encode_discards(block.name, starts * PAGE, ends * PAGE))
+                await f.drain()
+                nothing = False
+        if nothing and self._blocks:
+            # A QEMU that listens without ever having discarded loads pages in the wrong way, and hangs.
+            f.put_buffer(encode_discards(self._blocks[0].name, np.zeros(1, np.int64), np.zeros(1, np.int64)))
+        self._begin_sending()
+
+    def _begin_sending(self) -> None:
+        """Begin as on a new connection: nobody knows the last block, nothing is requested."""
+        self._postcopy = True
+        self._sender = PageSender(self._stats, POSTCOPY_CHUNK_BYTES)
+        self._urgent = PageSender(self._stats, URGENT_CHUNK_BYTES)
+        self._everything.clear()
+        self._cursor_block = self._cursor_page = 0
+        self._requests = PageRequests({block.name: block.size_bytes for block in self._blocks})
+        self.requested.clear()
+
+    def begin_background(self) -> None:
+        """Send everything, not only what is requested."""
+        self._everything.set()
+
+    async def wait_work(self, wait_s: float) -> None:
+        """Wait for a request, unless those go another way; in the background, for ``wait_s`` at most."""
+        while not self._everything.is_set():
+            if not self._preempt:
+                await self._either()
+                return
+            await self._everything.wait()
+        if wait_s > 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await (asyncio.sleep(wait_s) if self._preempt else self.requested.wait())
+
+    async def _either(self) -> None:
+        waits = {asyncio.ensure_future(event.wait()) for event in (self.requested, self._everything)}
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    def request(self, block: str | None, start: int, length: int) -> None:
+        """Send these bytes next. Raises RemoteProtocolError."""
+        if not self._postcopy:
+            raise RemoteProtocolError("a page is requested before postcopy has begun", section="return path")
+        self._stats.postcopy_requests += 1
+        self._requests.add(block, start, length)
+        self.requested.set()
+
+    async def serve_urgent(self, f: OutgoingStream) -> None:
+        """Send what is requested over a connection of its own, until this is cancelled. Raises ChannelError."""
+        while True:
+            await self.requested.wait()
+            async with self._urgent_turn:
+                await self._send_requested(f, self._urgent)
+
+    async def end_urgent(self, f: OutgoingStream) -> None:
+        """Say that nothing more comes over that connection."""
+        async with self._urgent_turn:
+            f.put_buffer(EOS)
+            await f.drain()
+
+    async def _send_requested(self, f: OutgoingStream, sender: PageSender) -> None:
+        while self._requests:
+            name, first, end = self._requests.pop()
+            index, block = next((i, block) for i, block in enumerate(self._blocks) if block.name == name)
+            for start in range(first, end, sender.pages):
+                await self._send_range(f, sender, block, start, min(end, start + sender.pages))
+            # Who touched this page touches its neighbours next.
+            self._cursor_block, self._cursor_page = index, end
+        self.requested.clear()
+
+    async def _send_range(
+        self, f: OutgoingStream, sender: PageSender, block: RamBlockPort, first: int, end: int
+    ) -> None:
+        """Send what is left of a few pages: what is on its way is not sent twice."""
+        if end - first == 1 and self._dirty[block.name].test(first):
+            self._dirty[block.name].clear_range(first, end)
+            await sender.send_one(f, block, first)
+            await f.drain()
+            self._update_remaining()
+            return
+        pages = np.arange(first, end)
+        data = pages[self._dirty[block.name].test_pages(pages)]
+        zeros = pages[self._holes[block.name].test_pages(pages)]
+        self._dirty[block.name].clear_range(first, end)
+        self._holes[block.name].clear_range(first, end)
+        sender.put_zeros(f, block, zeros)
+        if len(data):
+            await sender.send(f, block, data)
+        await f.drain()
+        self._update_remaining()
 
     # -- inside ------------------------------------------------------------------------------------------------
 
@@ -171,69 +332,17 @@ class RamSave:
         pages, _ = self._holes[block.name].take(0, ZERO_CHUNK_PAGES)
         if not len(pages):
             return False
-        self._put_zero_pages(f, block, pages)
+        self._sender.put_zeros(f, block, pages)
         await f.drain()
         return True
 
     async def _send_pages(self, f: OutgoingStream, block: RamBlockPort) -> bool:
-        limit = self._encoder.max_pages(len(self._chunk), block.name)
+        limit = self._sender.capacity(block)
         pages, self._cursor_page = self._dirty[block.name].take(self._cursor_page, limit)
         if not len(pages):
             return False
-        offsets = self._encoder.body_offsets(block.name, len(pages))
-        self._read(block, pages, offsets)
-        zero = _zero_pages(self._chunk, offsets)
-        if len(zero):
-            await self._send_mixed(f, block, pages, offsets, zero)
-        else:
-            await self._send_records(f, block, pages)
+        await self._sender.send(f, block, pages)
         return True
-
-    async def _send_mixed(
-        self,
-        f: OutgoingStream,
-        block: RamBlockPort,
-        pages: NDArray[np.int64],
-        offsets: range,
-        zero: NDArray[np.int64],
-    ) -> None:
-        """Send a chunk of which some pages are zero: the others move together."""
-        keep = np.ones(len(pages), bool)
-        keep[zero] = False
-        if keep.any():
-            target = bodies(self._chunk, offsets)
-            target[: len(pages) - len(zero)] = target[keep]
-            await self._send_records(f, block, pages[keep])
-        self._put_zero_pages(f, block, pages[zero])
-        await f.drain()
-
-    async def _send_records(self, f: OutgoingStream, block: RamBlockPort, pages: NDArray[np.int64]) -> None:
-        used = self._encoder.page_heads(block.name, pages, self._chunk)
-        self._stats.normal += len(pages)
-        await f.send(self._chunk[:used].data)
-
-    def _read(self, block: RamBlockPort, pages: NDArray[np.int64], offsets: range) -> None:
-        """Copy pages to where their records have them."""
-        breaks = (np.flatnonzero(np.diff(pages) != 1) + 1).tolist()
-        if breaks and len(pages) < LONG_RUN_PAGES * (len(breaks) + 1):
-            bodies(self._chunk, offsets)[:] = block.pages[pages]
-            return
-        rows = self._rows_of(offsets)
-        for start, end in zip([0, *breaks], [*breaks, len(pages)], strict=True):
-            first = int(pages[start])
-            if os.preadv(block.memfd, rows[start:end], first * PAGE) != (end - start) * PAGE:
-                bodies(self._chunk, offsets[start:end])[:] = block.pages[first : first + end - start]
-
-    def _rows_of(self, offsets: range) -> list[memoryview]:
-        """Return the bodies of the chunk as buffers; they move only when a record has to name its block."""
-        if self._rows_at.start != offsets.start or len(self._rows) < len(offsets):
-            view = self._chunk.data
-            self._rows_at, self._rows = offsets, [view[at : at + PAGE] for at in offsets]
-        return self._rows
-
-    def _put_zero_pages(self, f: OutgoingStream, block: RamBlockPort, pages: NDArray[np.int64]) -> None:
-        f.put_buffer(self._encoder.zero_run(block.name, pages))
-        self._stats.duplicate += len(pages)
 
 
 def _split_holes(block: RamBlockPort) -> tuple[PageBitmap, PageBitmap]:
@@ -245,13 +354,3 @@ def _split_holes(block: RamBlockPort) -> tuple[PageBitmap, PageBitmap]:
         dirty.set_range(start // PAGE, -(-end // PAGE))
         holes.clear_range(start // PAGE, -(-end // PAGE))
     return dirty, holes
-
-
-def _zero_pages(chunk: NDArray[np.uint8], offsets: range) -> NDArray[np.int64]:
-    """Return which of the pages at ``offsets`` are all zero. One word rules out nearly every page that is not."""
-    words = np.ndarray((len(offsets), PAGE // 8), np.uint64, chunk, offsets.start, (offsets.step, 8))
-    maybe = np.flatnonzero(words[:, 0] == 0)
-    for word in (PAGE // 16, -1):
-        if len(maybe):
-            maybe = maybe[words[maybe, word] == 0]
-    return maybe[~words[maybe].any(axis=1)] if len(maybe) else maybe
