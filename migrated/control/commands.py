@@ -126,6 +126,21 @@ async def _migrate_continue(call: Call, arguments: shapes.MigrateContinueArgumen
     return {}
 
 
+async def _start_postcopy(call: Call, _: shapes.NoArguments) -> object:
+    call.services.migrator.start_postcopy()
+    return {}
+
+
+async def _pause(call: Call, _: shapes.NoArguments) -> object:
+    call.services.migrator.pause()
+    return {}
+
+
+async def _recover(call: Call, arguments: shapes.UriArguments) -> object:
+    await call.services.migrator.recover(arguments.uri)
+    return {}
+
+
 async def _query_migrate(call: Call, _: shapes.NoArguments) -> object:
     return call.services.migrator.query()
 
@@ -202,6 +217,9 @@ _ROWS = (
     Command("migrate_cancel", _migrate_cancel),
     Command("migrate-incoming", _migrate_incoming, shapes.UriArguments),
     Command("migrate-continue", _migrate_continue, shapes.MigrateContinueArguments),
+    Command("migrate-start-postcopy", _start_postcopy),
+    Command("migrate-pause", _pause),
+    Command("migrate-recover", _recover, shapes.UriArguments),
     Command("query-migrate", _query_migrate, result=shapes.MigrationInfo),
     Command("migrate-set-capabilities", _migrate_set_capabilities, MigrateSetCapabilitiesArguments),
     Command("query-migrate-capabilities", _query_migrate_capabilities, result=list[MigrationCapabilityStatus]),
@@ -219,7 +237,6 @@ COMMANDS: Final[Mapping[str, Command]] = {command.name: command for command in _
 
 NOT_IMPLEMENTED: Final = frozenset(
     {
-        "migrate-start-postcopy", "migrate-pause", "migrate-recover",
         "snapshot-save", "snapshot-load", "snapshot-delete", "query-jobs", "job-dismiss", "job-cancel",
         "calc-dirty-rate", "query-dirty-rate",
     }

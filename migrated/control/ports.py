@@ -48,6 +48,18 @@ class MigratorPort(Protocol):
         """Start to listen for an incoming migration."""
         ...
 
+    def start_postcopy(self) -> None:
+        """Have the outgoing migration switch to postcopy."""
+        ...
+
+    def pause(self) -> None:
+        """Break the connection of a postcopy."""
+        ...
+
+    async def recover(self, uri: str) -> None:
+        """Wait at another address for the source of a paused postcopy."""
+        ...
+
     def query(self) -> dict[str, object]:
         """What query-migrate returns."""
         ...

@@ -207,6 +207,25 @@ class PeerInfo(Shape, frozen=True):
     kind: PeerKind
 
 
+class LatencyInfo(Shape, frozen=True):
+    """Latencies of one class of faults; bucket N counts those in [2^N, 2^(N+1)) microseconds."""
+
+    count: int
+    p50_us: int
+    p99_us: int
+    max_us: int
+    buckets: list[int]
+
+
+class FaultInfo(Shape, frozen=True):
+    """What faults on missing pages have cost."""
+
+    requests: int
+    remote: LatencyInfo
+    in_flight: LatencyInfo
+    local: LatencyInfo
+
+
 class MigrationInfo(Shape, frozen=True):
     status: MigrationStatus | UnsetType = UNSET
     ram: MigrationStats | UnsetType = UNSET
@@ -217,6 +236,8 @@ class MigrationInfo(Shape, frozen=True):
     cpu_throttle_percentage: int | UnsetType = UNSET
     error_desc: str | UnsetType = UNSET
     blocked_reasons: list[str] | UnsetType = UNSET
+    postcopy_blocktime: int | UnsetType = UNSET
+    postcopy_vcpu_blocktime: list[int] | UnsetType = UNSET
     socket_address: list[SocketAddress] | UnsetType = UNSET
     x_migrated_dirty_rate_bps: int | UnsetType = UNSET
     x_migrated_bandwidth_bps: int | UnsetType = UNSET
@@ -224,6 +245,7 @@ class MigrationInfo(Shape, frozen=True):
     x_migrated_passes: list[PassInfo] | UnsetType = UNSET
     x_migrated_convergence: ConvergenceInfo | UnsetType = UNSET
     x_migrated_downtime: DowntimeInfo | UnsetType = UNSET
+    x_migrated_faults: FaultInfo | UnsetType = UNSET
     x_migrated_outcome: MigrationOutcome | UnsetType = UNSET
     x_migrated_migration_id: str | UnsetType = UNSET
     x_migrated_peer: PeerInfo | UnsetType = UNSET

@@ -122,6 +122,18 @@ class Daemon:
             on_device_withdrawn=lambda device: unregister_device(registry, device),
         )
         stack.callback(machine.close)
+        if ownership.record.hold is Hold.INCOMPLETE:
+            # To look at a mapping is to register it anew, and that would let go of who waits there: with zeros.
+            machine.bar(ownership.text())
+
+        def synced(newly_dirty: int) -> None:
+            outgoing.synced(newly_dirty)
+            if settings.enabled("events"):
+                relay("MIGRATION_PASS", {"pass": outgoing.stats.dirty_sync_count})
+
+        save = RamSave(machine, lock, outgoing.stats, on_sync=synced, postcopy=lambda: settings.enabled("postcopy-ram"))
+        load = RamLoad(machine, incoming.stats, lambda: config.workload.attach_timeout)
+        registry.register_savevm_live("ram", 0, RAM_VERSION, SaveVMHandlers.of(_Both(save, load)), machine)
         host = Host(
             machine=machine,
             registry=registry,
@@ -129,7 +141,9 @@ class Daemon:
             ownership=ownership,
             global_state=register_global_state(registry),
             settings=settings,
-            completeness=[self._register_ram(registry, machine, lock, outgoing, incoming, relay, settings)],
+            completeness=[load.check_complete],
+            postcopy_save=save,
+            postcopy_load=load,
             emit=relay,
             clock=time.monotonic,
             log=self._log,
@@ -148,6 +162,10 @@ class Daemon:
                 return ownership.record.run_state
             case Hold.PARTIAL:
                 return RunState.INMIGRATE
+            case Hold.INCOMPLETE:
+                # What is missing cannot be told from what is there any more: nobody may touch that memory.
+                self._log.error("memory_incomplete", text=ownership.text(), next_step=ownership.next_step())
+                return RunState.IO_ERROR
             case Hold.RELEASED | Hold.ACCEPTED:
                 self._log.error("outcome_unknown", text=ownership.text(), next_step=ownership.next_step())
                 return RunState.FINISH_MIGRATE
@@ -158,27 +176,6 @@ class Daemon:
             case Hold.NONE:
                 await ownership.become(Hold.OWNER)
                 return RunState.RUNNING
-
-    def _register_ram(
-        self,
-        registry: SaveVMRegistry,
-        machine: Machine,
-        lock: IothreadLock,
-        outgoing: Progress,
-        incoming: Progress,
-        emit: Callable[[str, dict[str, object]], None],
-        settings: Settings,
-    ) -> Callable[[], None]:
-        def synced(newly_dirty: int) -> None:
-            outgoing.synced(newly_dirty)
-            if settings.enabled("events"):
-                emit("MIGRATION_PASS", {"pass": outgoing.stats.dirty_sync_count})
-
-        save = RamSave(machine, lock, outgoing.stats, on_sync=synced)
-        load = RamLoad(machine, incoming.stats, lambda: self._config.workload.attach_timeout)
-        ops = SaveVMHandlers.of(_Both(save, load))
-        registry.register_savevm_live("ram", 0, RAM_VERSION, ops, machine)
-        return load.check_complete
 
     def _load_handlers(self, registry: SaveVMRegistry, machine: Machine) -> None:
         """Call ``register(registry, machine)`` of every ``[handlers] load`` entry."""

@@ -17,7 +17,7 @@ from migrated.migration.ownership import Ownership
 from migrated.model.parameters import Capabilities, Parameters
 from migrated.model.runstate import RunState
 from migrated.savevm.iothread_lock import IothreadLock
-from migrated.savevm.ports import MachinePort
+from migrated.savevm.ports import MachinePort, PostcopyLoadPort, PostcopySavePort
 from migrated.savevm.registry import SaveVMRegistry
 
 Emit = Callable[[str, dict[str, object]], None]
@@ -66,6 +66,8 @@ class Host:
     settings: Settings
     completeness: Sequence[Callable[[], None]]
     """Each raises RemoteProtocolError when a stream has ended and something is missing."""
+    postcopy_save: PostcopySavePort
+    postcopy_load: PostcopyLoadPort
     emit: Emit
     clock: Callable[[], float]
     log: FilteringBoundLogger

@@ -21,30 +21,32 @@ from migrated.errors import (
     MigratedError,
     MigrationCancelled,
     OutcomeUnknown,
-    ProtocolError,
     RemoteProtocolError,
 )
+from migrated.migration.handshake import read_preamble
 from migrated.migration.host import OPTIONAL_SECTIONS, Host, first_error, insist, without_frames
+from migrated.migration.incoming_link import IncomingLink
 from migrated.migration.ownership import Hold
+from migrated.migration.postcopy_target import PostcopyTarget
 from migrated.migration.progress import Progress
-from migrated.migration.return_path import PeerKind, ReturnPathWriter
-from migrated.model.runstate import RESTING, RunState
+from migrated.migration.return_path import PeerKind
+from migrated.migration.take_over import TakeOver
 from migrated.model.status import INCOMING, MigrationStatus, StatusCell
 from migrated.stream.incoming import PATIENCE, IncomingStream
-from migrated.transport.channel import Channel
+from migrated.transport.channel import Channel, SocketChannel
 from migrated.wire.command import PEER_PING, Command, check_command, parse_ping
+from migrated.wire.postcopy import parse_packaged
 from migrated.wire.section import (
     CommandHeader,
-    Configuration,
     EndOfFile,
     SectionHeader,
     parse_element,
     parse_footer,
-    parse_preamble,
-    parse_stream_header,
     parse_vmdescription_length,
 )
 
+#: The first byte of a stream's magic; a recovery begins with a command.
+STREAM_BEGIN = b"Q"
 #: How long, and how much, a refused source may go on sending before the connection is cut under it. Closing at once
 #: would reset the connection and could destroy the reason on its way.
 LINGER_S = 2.0
@@ -65,21 +67,20 @@ class IncomingMigration:
     ) -> None:
         self._host = host
         self._progress = progress
-        self._channel = channel
         self.migration_id = migration_id
         self.status = StatusCell(INCOMING, self._status_changed)
         self.error: MigratedError | None = None
         self.touched = False
         """True once memory or devices of this host may have been overwritten."""
         self.peer = channel.peer
-        channel.silence_timeout_s = host.settings.silence_timeout_s()
-        self._stream = IncomingStream(channel, silence_timeout_s=host.settings.silence_timeout_s)
-        self._return_path = ReturnPathWriter(channel)
-        self._autostart = autostart
+        self._link = IncomingLink(channel, host.settings)
+        self._take_over = TakeOver(host, self._link, migration_id, autostart)
         self._group: asyncio.TaskGroup | None = None
         self._watcher: asyncio.Task[None] | None = None
-        self._taking_over = False
-        """From here on nothing is given up any more: the record may say that the machine is this host's."""
+        self._package: bytes | None = None
+        self.postcopy = PostcopyTarget(
+            host, self._link, self.status, self._take_over, read=self._elements, check_devices=self._check_devices
+        )
         self._task: asyncio.Task[None] | None = None
 
     def _status_changed(self, status: MigrationStatus) -> None:
@@ -90,9 +91,7 @@ class IncomingMigration:
     @property
     def kind(self) -> PeerKind:
         """Who sends."""
-        if self._return_path.opened and self._return_path.peer is PeerKind.UNKNOWN:
-            return PeerKind.QEMU
-        return self._return_path.peer
+        return self._link.kind
 
     def start(self, spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]) -> asyncio.Task[None]:
         """Run as a task of the daemon."""
@@ -100,9 +99,29 @@ class IncomingMigration:
         return self._task
 
     def cancel(self) -> None:
-        """Give the load up (daemon shutdown), unless the machine is being taken over."""
-        if self._task is not None and not self._taking_over:
+        """Give the load up (daemon shutdown), unless the machine is here or about to be, and something can be done."""
+        if self._task is not None and (not self._take_over.begun or self.postcopy.paused):
             self._task.cancel()
+
+    def pause(self) -> None:
+        """Break the connection of a postcopy (``migrate-pause``)."""
+        self.postcopy.pause()
+
+    async def goes_on_over(self, channel: Channel) -> bool:
+        """Give a paused postcopy another connection; False when it is over, because its source begins from the start.
+
+        A source that was not told that the machine runs here may have taken it back, and migrate it again.
+        """
+        if not self._take_over.begun and isinstance(channel, SocketChannel):
+            try:
+                begin = await channel.peek(self._host.settings.silence_timeout_s())
+            except ChannelError:
+                return True  # nobody
+            if begin == STREAM_BEGIN:
+                self.cancel()
+                return False
+        self.postcopy.resume(channel)
+        return True
 
     async def wait(self) -> None:
         """Wait until it has ended."""
@@ -117,7 +136,7 @@ class IncomingMigration:
         except asyncio.CancelledError:
             await self._failed(MigrationCancelled("the daemon is stopping"))
         except (MigratedError, OSError) as error:
-            await self._failed(self._stream.located(error))
+            await self._failed(self._link.stream.located(error))
         except Exception as error:  # the top of a job: a bug here must not leave a source without an answer
             self._host.log.exception("migration_bug")
             await self._failed(MigratedError(f"internal error: {error!r}"))
@@ -126,8 +145,9 @@ class IncomingMigration:
         finally:
             self._progress.finish()
             await insist(self._cleanup)
-            self._stream.close()
-            await self._channel.close()
+            await self._link.close()
+            self.postcopy.close()
+            self.postcopy.released.set()
 
     async def _failed(self, error: MigratedError) -> None:
         self.error = without_frames(error)
@@ -136,13 +156,13 @@ class IncomingMigration:
         self.status.advance(MigrationStatus.FAILED)
         if isinstance(error, OutcomeUnknown):
             return
-        if not self._return_path.opened:
+        if not self._link.return_path.opened:
             # A source that cannot be told must not get rid of its bytes: it would take that for success.
-            self._channel.abort()
+            self._link.channel.abort()
             return
         try:
-            await self._return_path.shut(1, str(error))
-            self._channel.shutdown_write()
+            await self._link.return_path.shut(1, str(error))
+            self._link.channel.shutdown_write()
             await self._linger()
         except ChannelError:
             return
@@ -152,7 +172,7 @@ class IncomingMigration:
         swallowed = memoryview(bytearray(1 << 16))
         try:
             async with asyncio.timeout(LINGER_S):
-                while await self._channel.receive_into(swallowed, deadline_s=LINGER_S):
+                while await self._link.channel.receive_into(swallowed, deadline_s=LINGER_S):
                     continue
         except TimeoutError:
             return
@@ -165,75 +185,44 @@ class IncomingMigration:
     # -- the stream --------------------------------------------------------------------------------------------
 
     async def _load(self) -> None:
-        first = await self._handshake()
+        first = await read_preamble(self._link.stream, self._host)
         self.status.advance(MigrationStatus.ACTIVE)
         # The first section follows at once, whoever sends; only then may a source have reasons to be silent for long.
-        self._stream.idle_timeout_s = PATIENCE * self._host.settings.silence_timeout_s()
+        self._link.expect_element()
         await self._watched(first)
-        await self._check_complete()
-        await self._take_over()
+        if self._package is None:
+            await self._check_complete()
+            await self._take_over.precopy()
+        else:
+            self.error = None
+            await self._take_over.finish_postcopy(self.postcopy.faults)
 
     async def _watched(self, first: int) -> None:
         """Read to the end, beside what makes the rest worthless: a workload that leaves with a part of the machine."""
         try:
             async with asyncio.TaskGroup() as self._group:
-                await self._elements(first)
-                await self._description()
+                await self._elements(self._link.stream, first)
+                if self._package is None:
+                    await self._description()
+                else:
+                    await self.postcopy.run(self._package)
                 if self._watcher is not None:
                     self._watcher.cancel()
         except BaseExceptionGroup as error:
             raise first_error(error) from None
 
-    async def _handshake(self) -> int:
-        """Read header and configuration, all within one deadline; return the first element's type byte."""
-        limit_s = self._host.settings.silence_timeout_s()
-        try:
-            async with asyncio.timeout(limit_s):
-                await self._stream.run(parse_stream_header())
-                self._stream.section = "configuration"
-                configuration, first = await self._stream.run(parse_preamble())
-        except TimeoutError as error:
-            raise RemoteProtocolError(
-                f"no complete stream header and configuration within {limit_s:g} s", offset=self._stream.offset
-            ) from error
-        self._check_configuration(configuration)
-        return first
-
-    def _check_configuration(self, configuration: Configuration) -> None:
-        machine = self._host.machine
-        if configuration.machine_type != machine.machine_type:
-            raise RemoteProtocolError(
-                f"Machine type received is '{configuration.machine_type}' and local is '{machine.machine_type}'",
-                section="configuration",
-            )
-        for name in configuration.capabilities:
-            raise RemoteProtocolError(
-                f"Capability {name} is off, but received capability is on", section="configuration"
-            )
-        if configuration.target_page_bits not in (None, PAGE_BITS):
-            raise RemoteProtocolError(
-                f"Received TARGET_PAGE_BITS is {configuration.target_page_bits} but local is {PAGE_BITS}",
-                section="configuration",
-            )
-        if configuration.uuid is not None and machine.uuid is not None and self._host.settings.enabled("validate-uuid"):
-            local = machine.uuid.replace("-", "").lower()
-            if configuration.uuid.hex() != local:
-                raise RemoteProtocolError(
-                    f"UUID received is {configuration.uuid.hex()} and local is {local}", section="configuration"
-                )
-
-    async def _elements(self, first: int) -> None:
-        ahead: int | None = first
+    async def _elements(self, stream: IncomingStream, ahead: int | None = None) -> None:
+        """Read elements until the end of the stream, a package, or RUN."""
         clock = asyncio.get_running_loop().time
         patience_s = PATIENCE * self._host.settings.silence_timeout_s()
         begun_s = clock()
         while True:
             if not self.touched and clock() - begun_s > patience_s:
                 raise RemoteProtocolError(f"no section within {patience_s:g} s", expected="a machine", found="commands")
-            self._stream.section = "between sections"
+            stream.section = "between sections"
             if ahead is None:
-                await self._stream.wait_for_element()
-            element = await self._stream.run(parse_element(ahead))
+                await stream.wait_for_element()
+            element = await stream.run(parse_element(ahead))
             ahead = None
             match element:
                 case EndOfFile():
@@ -243,23 +232,28 @@ class IncomingMigration:
                         )
                     return
                 case CommandHeader():
-                    await self._command(element)
+                    if await self._command(stream, element):
+                        return
                 case SectionHeader():
-                    await self._section(element)
+                    await self._section(stream, element)
 
-    async def _section(self, header: SectionHeader) -> None:
+    async def _section(self, stream: IncomingStream, header: SectionHeader) -> None:
         await self._begin()
-        self._stream.section = f"{header.idstr or f'id {header.section_id}'} ({header.kind.name})"
-        async with self._host.lock:
-            idstr = await self._host.registry.load_state(self._stream, header, missing=self._wait_for_device)
-        await self._stream.run(parse_footer(header.section_id, idstr))
+        stream.section = f"{header.idstr or f'id {header.section_id}'} ({header.kind.name})"
+        if self.postcopy.listening and stream is self._link.stream:
+            # Beside a machine that runs, or whose devices are being loaded: nobody here may hold the lock.
+            idstr = await self._host.registry.load_state(stream, header, listening=True)
+        else:
+            async with self._host.lock:
+                idstr = await self._host.registry.load_state(stream, header, missing=self._wait_for_device)
+        await stream.run(parse_footer(header.section_id, idstr))
 
     async def _begin(self) -> None:
         """Check, before the first section, that a machine may come here and its source be answered."""
         if self.touched:
             return
         allowed = self._host.settings.parameters.get("x-migrated-allow-no-return-path")
-        if self._channel.has_return_path and not self._return_path.opened and not allowed:
+        if self._link.channel.has_return_path and not self._link.return_path.opened and not allowed:
             raise RemoteProtocolError(
                 "the source did not open a return path: it would call the migration completed without knowing",
                 expected="OPEN_RETURN_PATH (capability return-path on a QEMU source)",
@@ -272,12 +266,14 @@ class IncomingMigration:
             if host.ownership.record.hold is Hold.NONE:
                 await host.ownership.become(Hold.PARTIAL, peer=self.peer, migration_id=self.migration_id)
             self.touched = True
-            await host.registry.load_setup(self._stream)
+            await host.registry.load_setup(self._link.stream)
+            if self.postcopy.advised:
+                host.postcopy_load.advise()
         if self._group is not None:
             self._watcher = self._group.create_task(host.machine.arrival_lost())
         self._progress.setup_done()
-        if self._return_path.peer is not PeerKind.MIGRATED:
-            self._stream.idle_timeout_s = None
+        if self._link.kind is not PeerKind.MIGRATED:
+            self._link.stream.idle_timeout_s = None
 
     async def _wait_for_device(self, idstr: str, instance_id: int) -> None:
         # The machine may stand still at the source by now, and its patience after the last byte is limited: our reason
@@ -285,103 +281,50 @@ class IncomingMigration:
         patience_s = min(self._host.attach_timeout_s, self._host.settings.seconds("x-migrated-answer-timeout") / 2)
         await self._host.machine.wait_declared([], [idstr], patience_s)
 
-    async def _command(self, header: CommandHeader) -> None:
+    async def _command(self, stream: IncomingStream, header: CommandHeader) -> bool:
+        """Take a command; True when nothing more is to be read of ``stream`` here."""
         match command := check_command(header):
             case Command.OPEN_RETURN_PATH:
-                if not self._channel.has_return_path:
+                if not self._link.channel.has_return_path:
                     raise RemoteProtocolError("CMD_OPEN_RETURN_PATH failed", found="a transport with one direction")
-                self._return_path.opened = True
+                self._link.return_path.opened = True
             case Command.PING:
                 value = parse_ping(header.payload)
-                if not self._return_path.opened:
+                if not self._link.return_path.opened:
                     raise RemoteProtocolError(f"CMD_PING ({value:#x}) received with no return path")
-                await self._return_path.pong(value)
+                await self.postcopy.ping(value, in_package=stream is not self._link.stream)
                 if value == PEER_PING:
-                    await self._return_path.greet()
+                    await self._link.return_path.greet()
                     # A `migrated` source pings when it has nothing to say; silence means it is gone.
-                    self._stream.idle_timeout_s = PATIENCE * self._host.settings.silence_timeout_s()
+                    self._link.expect_element()
+            case Command.PACKAGED if self._package is None:
+                self._package = await stream.get_buffer(parse_packaged(header.payload))
+                return True
             case _:
-                raise RemoteProtocolError(
-                    f"command {command.name} is not implemented by this version of migrated",
-                    expected="a precopy stream (postcopy-ram, dirty-bitmaps and x-colo off at the source)",
-                    found=command.name,
-                )
+                await self.postcopy.command(command, header)
+                return self.postcopy.ran and stream is not self._link.stream
+        return False
 
     async def _description(self) -> None:
-        self._stream.section = "vmdescription"
-        left = await self._stream.run(parse_vmdescription_length())
+        self._link.stream.section = "vmdescription"
+        left = await self._link.stream.run(parse_vmdescription_length())
         while left:
-            left -= len(await self._stream.read_exactly(min(left, 4096)))
-        if self._return_path.opened and (behind := len(self._stream.peek())):
+            left -= len(await self._link.stream.read_exactly(min(left, 4096)))
+        if self._link.return_path.opened and (behind := len(self._link.stream.peek())):
             raise RemoteProtocolError(
                 "the source goes on after its description", expected="nothing behind it", found=f"{behind} bytes"
             )
-        self._stream.section = "end"
+        self._link.stream.section = "end"
 
     async def _check_complete(self) -> None:
         self._host.machine.check_alive()  # what went with a workload is not missed below
         for check in self._host.completeness:
             check()
+        await self._check_devices()
+
+    async def _check_devices(self) -> None:
         if missing := await self._host.registry.not_loaded(besides=OPTIONAL_SECTIONS):
             raise RemoteProtocolError(
                 "the stream ended without the state of " + ", ".join(missing),
                 expected="a section for every device declared here",
             )
-
-    # -- taking over -------------------------------------------------------------------------------------------
-
-    async def _take_over(self) -> None:
-        host = self._host
-        if self.kind is PeerKind.QEMU:
-            await self._commit_with_qemu()
-        state = self._run_state()
-        async with host.lock:
-            self._taking_over = True
-            await host.ownership.become(Hold.OWNER, peer=self.peer, migration_id=self.migration_id, run_state=state)
-            try:
-                await self._start_machine(state)
-            except MigratedError as error:
-                await self._give_back(error)
-                raise
-        if self.kind is not PeerKind.QEMU:
-            try:
-                await self._return_path.shut(0)
-            except ChannelError as error:
-                # The machine runs here. The source will say "unknown"; this host knows.
-                host.log.warning("answer_not_delivered", error=str(error), migration_id=self.migration_id)
-
-    async def _give_back(self, why: MigratedError) -> None:
-        """Write that the machine stays at the source, before the source is told so."""
-        try:
-            await self._host.ownership.become(Hold.MOVED, peer=self.peer, migration_id=self.migration_id)
-        except OSError as error:
-            # On disk it is this host's: told that it is not, the source would run it, and so would a restart here.
-            raise OutcomeUnknown(f"{why}; and the record cannot be written: {error}") from error
-
-    def _run_state(self) -> RunState:
-        """Return what the machine does here: what it did there, unless it is to wait for `cont`."""
-        state = self._host.global_state.received or RunState.RUNNING
-        if state is RunState.RUNNING:
-            return RunState.RUNNING if self._autostart() else RunState.PAUSED
-        return state if state in RESTING else RunState.PAUSED
-
-    async def _start_machine(self, state: RunState) -> None:
-        self._host.machine.check_alive()
-        if state is RunState.RUNNING:
-            await self._host.machine.cont()
-        else:
-            self._host.machine.set_run_state(state)
-
-    async def _commit_with_qemu(self) -> None:
-        """Send SHUT 0 and wait for the source's orderly end; only then may the machine run here."""
-        ownership = self._host.ownership
-        await ownership.become(Hold.ACCEPTED, peer=self.peer, migration_id=self.migration_id)
-        timeout_s = self._host.settings.seconds("x-migrated-answer-timeout")
-        try:
-            await self._return_path.shut(0)
-            self._channel.shutdown_write()
-            scrap = memoryview(bytearray(1))
-            if await self._channel.receive_into(scrap, deadline_s=timeout_s):
-                raise RemoteProtocolError("the source goes on sending after SHUT 0", expected="end of stream")
-        except (ChannelError, ProtocolError) as error:
-            raise OutcomeUnknown(f"{error}; {ownership.text()}. Next: {ownership.next_step()}") from error

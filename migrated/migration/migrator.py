@@ -19,9 +19,10 @@ from migrated.migration.incoming import IncomingMigration
 from migrated.migration.outgoing import OutgoingMigration
 from migrated.migration.ownership import Hold
 from migrated.migration.progress import Progress
+from migrated.migration.recovery import Dial
 from migrated.model.runstate import RunState
-from migrated.model.status import is_running
-from migrated.transport.address import TcpAddress, parse_address
+from migrated.model.status import ENDED, PAUSABLE, POSTCOPY, MigrationStatus, is_running
+from migrated.transport.address import Address, TcpAddress, parse_address
 from migrated.transport.channel import Channel
 from migrated.transport.dial import dial
 from migrated.transport.listen import Listener, listen
@@ -53,6 +54,7 @@ class Migrator:
         """The incoming migration that the present outgoing one came after."""
         self._listener: Listener | None = None
         self._opening = False
+        self._second: Channel | None = None
         self._fds: dict[str, int] = {}
         self._autostart = True
         """False after a `stop` while a machine is awaited: it is to arrive paused, as QEMU has it."""
@@ -103,7 +105,10 @@ class Migrator:
     async def migrate(self, uri: str, *, resume: bool = False) -> None:
         """Start an outgoing migration; returns once it is accepted. Raises CommandError."""
         if resume:
-            raise CommandError("Cannot resume if there is no paused migration")
+            if self._outgoing is None:
+                raise CommandError("Cannot resume if there is no paused migration")
+            self._outgoing.resume(self._dialling(parse_address(uri)))
+            return
         handlers = await self._host.registry.device_names(besides=OPTIONAL_SECTIONS)
         if self.busy:
             raise CommandError(BUSY)
@@ -114,18 +119,48 @@ class Migrator:
                 f"there is nothing to migrate: machine '{self._host.machine.name}' has no RAM block and no device here."
                 " Next: start its workload, which attaches to this daemon, or load a handler ([handlers] load)"
             )
+        self._arrived_before = self._incoming
+        self._outgoing = OutgoingMigration(
+            self._host, self._outgoing_progress, self._dialling(address), migration_id=uuid.uuid4().hex
+        )
+        self._outgoing.start(self._spawn)
+
+    def _dialling(self, address: Address) -> Dial:
         timeout_s = self._host.settings.silence_timeout_s()
 
         async def connect() -> Channel:
             return await dial(address, timeout_s=timeout_s, fds=self._take_fd)
 
-        self._arrived_before = self._incoming
-        self._outgoing = OutgoingMigration(self._host, self._outgoing_progress, connect, migration_id=uuid.uuid4().hex)
-        self._outgoing.start(self._spawn)
+        return connect
+
+    def start_postcopy(self) -> None:
+        """Have the present migration switch to postcopy (``migrate-start-postcopy``). Raises CommandError."""
+        if not self._host.settings.enabled("postcopy-ram"):
+            raise CommandError("Enable postcopy with migrate_set_capability before the start of migration")
+        if self._outgoing is None or self._outgoing.finished:
+            raise CommandError("Postcopy must be started after migration has been started")
+        self._outgoing.start_postcopy()
+
+    def pause(self) -> None:
+        """Break the connection of a postcopy, so that it pauses (``migrate-pause``). Raises CommandError."""
+        for migration in (self._outgoing, self._incoming):
+            if migration is not None and migration.status.value in PAUSABLE:
+                migration.pause()
+                return
+        raise CommandError("migrate-pause is currently only supported during postcopy-active or postcopy-recover state")
+
+    async def recover(self, uri: str) -> None:
+        """Wait at ``uri`` for the source of a paused postcopy (``migrate-recover``). Raises CommandError."""
+        if self._incoming is None or not self._incoming.postcopy.paused:
+            raise CommandError("Migrate recover can only be run when postcopy is paused.")
+        if self._listener is not None:
+            await self._listener.close()
+            self._listener = None
+        await self.open_listener(uri)
 
     def _require_migratable(self) -> None:
         ownership = self._host.ownership
-        if ownership.outcome_unknown:
+        if ownership.outcome_unknown or ownership.record.hold is Hold.INCOMPLETE:
             raise CommandError(f"{ownership.text()}. Next: {ownership.next_step()}")
         if self._host.machine.run_state is RunState.INMIGRATE:
             raise CommandError("Guest is waiting for an incoming migration")
@@ -134,6 +169,8 @@ class Migrator:
 
     async def cancel(self) -> None:
         """Cancel the outgoing migration; without one nothing happens. Raises CommandError after the last byte."""
+        if self._outgoing is not None and self._outgoing.status.value in POSTCOPY:
+            self._outgoing.cancel()
         if self._host.ownership.outcome_unknown and self._host.ownership.record.hold is Hold.RELEASED:
             ownership = self._host.ownership
             raise CommandError(f"{ownership.text()}. Next: {ownership.next_step()}")
@@ -167,12 +204,32 @@ class Migrator:
             )
         self._opening = True  # opening takes its time, and a second listener would let a second machine in
         try:
-            self._listener = await listen(address, self._receive, allow=self._allow, fds=self._take_fd)
+            self._listener = await listen(
+                address, self._receive, allow=self._allow, fds=self._take_fd, second=self._take_second
+            )
         finally:
             self._opening = False
         self._host.log.info("waiting_for_machine", addresses=self._listener.addresses)
 
+    def _take_second(self, channel: Channel) -> bool:
+        """Take a second connection, for requested pages, if there may be one."""
+        if not self._host.settings.enabled("postcopy-preempt") or self._second is not None:
+            return False
+        self._second = channel  # the job of the first may not have begun yet
+        return self._hand_over_second()
+
+    def _hand_over_second(self) -> bool:
+        if self._second is None or self._incoming is None or self._incoming.status.value in ENDED:
+            return self._second is not None
+        second, self._second = self._second, None
+        return self._incoming.postcopy.take_second(second)
+
     async def _receive(self, channel: Channel) -> None:
+        if self._incoming is not None and self._incoming.postcopy.paused:
+            if await self._incoming.goes_on_over(channel):
+                await self._incoming.postcopy.released.wait()
+                return
+            await self._incoming.wait()
         if self.busy:
             self._host.log.warning("connection_refused", peer=channel.peer, reason=BUSY)
             channel.abort()
@@ -185,7 +242,9 @@ class Migrator:
             autostart=lambda: self._autostart,
         )
         self._incoming = incoming
-        await asyncio.shield(incoming.start(self._spawn))
+        self._hand_over_second()
+        incoming.start(self._spawn)
+        await incoming.postcopy.released.wait()
         self._autostart = self._autostart or self._host.ownership.may_run
         if incoming.touched and incoming is not self._arrived_before:
             # What came before is history: a stranger after this one must not bring it back into `query`. (A migration
@@ -223,30 +282,39 @@ class Migrator:
         ownership = self._host.ownership
         if self.busy:
             raise CommandError(BUSY)
-        if ownership.record.hold not in (Hold.MOVED, Hold.PARTIAL):
+        if ownership.record.hold not in (Hold.MOVED, Hold.PARTIAL, Hold.INCOMPLETE):
             raise CommandError("only the memory of a machine that moved away, or came only in part, can be released")
-        if ownership.record.hold is Hold.PARTIAL:
+        if ownership.record.hold is not Hold.MOVED:
             mappings = [mapping for block in self._host.machine.ram_blocks() for mapping in block.mappings]
             if names := ", ".join(sorted({mapping.workload for mapping in mappings})):
                 raise CommandError(f"the memory is still mapped by {names}. Next: end it, then release again")
             await ownership.become(Hold.NONE)
+            self._host.machine.set_run_state(RunState.INMIGRATE)
         await self._host.machine.release()
 
     async def resolve(self, peer_is_fenced: bool, peer_is_running: bool) -> None:
         """End an unknown outcome by an operator's word (``x-migrated-resolve``)."""
         if peer_is_fenced == peer_is_running:
             raise CommandError("say exactly one of peer-is-fenced and peer-is-running")
-        if self.busy:
+        paused = self._outgoing is not None and self._outgoing.status.value is MigrationStatus.POSTCOPY_PAUSED
+        # Everything may be there, and only the word that it is got lost: then nobody comes for it any more.
+        all_sent = paused and not self._outgoing_progress.stats.remaining
+        if paused and peer_is_running and not all_sent:
+            raise CommandError("then it needs the memory that is here. Next: `migratectl recover`")
+        if self.busy and not paused:
             raise CommandError(f"{BUSY}: its outcome is not unknown yet")
         ownership = self._host.ownership
-        if not ownership.outcome_unknown:
+        if not ownership.outcome_unknown and not (all_sent and peer_is_running):
             raise CommandError(f"there is nothing to resolve: {ownership.text()}")
         self._host.log.warning(
             "outcome_resolved_by_operator", peer_is_fenced=peer_is_fenced, peer=ownership.record.peer
         )
+        if paused and self._outgoing is not None:
+            await self._outgoing.give_up()
         async with self._host.lock:
-            hold = Hold.OWNER if peer_is_fenced else Hold.MOVED
-            await ownership.become(hold, peer=ownership.record.peer, run_state=RunState.PAUSED)
+            if ownership.outcome_unknown:
+                hold = Hold.OWNER if peer_is_fenced else Hold.MOVED
+                await ownership.become(hold, peer=ownership.record.peer, run_state=RunState.PAUSED)
             if peer_is_fenced:
                 self._host.machine.set_run_state(RunState.PAUSED)
             else:
@@ -285,7 +353,11 @@ class Migrator:
             answer = report.describe_outgoing(self._outgoing, self._outgoing_progress, limit_ms)
             answer["x-migrated-outcome"] = report.outcome(self._host.ownership)
         elif incoming is not None:
-            answer = report.describe_incoming(incoming, self._incoming_progress)
+            answer = report.describe_incoming(
+                incoming,
+                self._incoming_progress,
+                blocktime=self._host.settings.enabled("postcopy-blocktime"),
+            )
         if self._listener is not None and not self._listener.over:
             answer["socket-address"] = self._listener.addresses
         return answer
@@ -308,7 +380,7 @@ class Migrator:
                 self._outgoing.cancel()
             except CommandError:
                 self._host.log.info("waiting_for_switchover")
-            await self._outgoing.wait()
+            await self._outgoing.give_up()
         if self._incoming is not None:
             await self._incoming.wait()  # a take-over needs the workloads, and the source its answer
         for fd in self._fds.values():

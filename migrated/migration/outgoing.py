@@ -20,25 +20,31 @@ from migrated.errors import (
     MigratedError,
     MigrationCancelled,
     OutcomeUnknown,
+    ProtocolError,
 )
 from migrated.migration.host import OPTIONAL_SECTIONS, Host, first_error, insist, without_frames
+from migrated.migration.operator_pause import OperatorPause
+from migrated.migration.passes import Passes, Switch
+from migrated.migration.postcopy_source import Link, PostcopySource
 from migrated.migration.progress import Progress
+from migrated.migration.recovery import Dial, Pauses
 from migrated.migration.return_path import FIRST_PING, SETUP_PING, PeerKind, ReturnPathReader
 from migrated.migration.switchover import Switchover
-from migrated.model.convergence import Decision, decide, is_outpaced, next_throttle
-from migrated.model.status import OUTGOING, MigrationStatus, StatusCell
+from migrated.model.status import ENDED, OUTGOING, POSTCOPY, MigrationStatus, StatusCell
 from migrated.stream.incoming import IncomingStream
 from migrated.stream.outgoing import OutgoingStream
 from migrated.transport.channel import Channel
 from migrated.transport.file import FileChannel
 from migrated.wire.command import PEER_PING, Command, ping_payload
+from migrated.wire.postcopy import encode_advise
 from migrated.wire.section import Configuration
 
-Dial = Callable[[], Awaitable[Channel]]
+PAGE_SIZE = 4096
 #: How long a failing channel is given to deliver the destination's reason.
 REASON_GRACE_S = 1.0
-#: The throttle is reconsidered at most this often, as QEMU does.
-THROTTLE_PERIOD_S = 1.0
+
+
+Phases = Callable[[OutgoingStream, Channel], Awaitable[None]]
 
 
 class OutgoingMigration:
@@ -53,14 +59,24 @@ class OutgoingMigration:
         self.error: MigratedError | None = None
         self.kind = PeerKind.UNKNOWN
         self.peer = ""
-        self._switchover = Switchover(host, progress, self.status, migration_id)
+        self._pause = OperatorPause(host, self.status)
+        self._switchover = Switchover(host, progress, self._pause, migration_id)
+        self._postcopy = PostcopySource(host, progress, self.status, self._pause, migration_id)
+        self._postcopy_wanted = False
+        self._passes = Passes(host, progress, migration_id)
+        self._channel: Channel | None = None
+        self._urgent: Channel | None = None
+        self._pauses = Pauses()
+        self._settled = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._watchers: list[asyncio.Task[None]] = []
         self._return_path: ReturnPathReader | None = None
-        self._throttle_checked_at = 0.0
-        self._outpaced_before = False
 
     def _status_changed(self, status: MigrationStatus) -> None:
+        if status in ENDED or status is MigrationStatus.POSTCOPY_PAUSED:
+            self._settled.set()
+        else:
+            self._settled.clear()
         self._host.log.info("migration_status", status=status.value, migration_id=self.migration_id)
         if self._host.settings.enabled("events"):
             self._host.emit("MIGRATION", {"status": status.value})
@@ -69,6 +85,8 @@ class OutgoingMigration:
 
     def cancel(self) -> None:
         """Cancel. Raises CommandError once the last byte is on its way: then only the answer decides."""
+        if self.status.value in POSTCOPY:
+            raise CommandError("Postcopy migration in progress, cannot cancel.")
         if self._switchover.committed:
             raise CommandError(
                 "the machine is being handed over: the last byte is on its way, and only the destination's answer"
@@ -81,7 +99,31 @@ class OutgoingMigration:
         """Go on after pause-before-switchover; ``state`` must be the present status."""
         if state != self.status.value.value or self.status.value is not MigrationStatus.PRE_SWITCHOVER:
             raise CommandError(f"Migration not in expected state: {self.status.value.value}")
-        self._switchover.proceed()
+        self._pause.proceed()
+
+    def start_postcopy(self) -> None:
+        """Switch to postcopy as soon as what cannot follow the machine is sent."""
+        self._postcopy_wanted = True
+
+    def pause(self) -> None:
+        """Break the connection of a postcopy (``migrate-pause``)."""
+        self._pauses.by_operator = True
+        if self._channel is not None:
+            self._channel.abort()
+
+    def resume(self, dial: Dial) -> None:
+        """Go on after a pause, over what ``dial`` gives (``migrate`` with resume). Raises CommandError."""
+        if self.status.value is not MigrationStatus.POSTCOPY_PAUSED:
+            raise CommandError("Cannot resume if there is no paused migration")
+        self._pauses.resume(dial)
+
+    async def give_up(self) -> None:
+        """Wait until it ends or is paused, and end it then; what becomes of the machine is for an operator to say."""
+        await self._settled.wait()
+        if self._task is not None and self.status.value is MigrationStatus.POSTCOPY_PAUSED:
+            self._host.log.error("postcopy_given_up", text=self._host.ownership.text(), migration_id=self.migration_id)
+            self._task.cancel()
+        await self.wait()
 
     @property
     def finished(self) -> bool:
@@ -106,8 +148,8 @@ class OutgoingMigration:
         try:
             await self._migrate()
         except asyncio.CancelledError:
-            unknown = self._switchover.handed_over
-            self._failed(OutcomeUnknown("interrupted while waiting for the answer") if unknown else None)
+            unknown = self._switchover.handed_over or self._postcopy.committed
+            self._failed(OutcomeUnknown("given up while waiting for the destination") if unknown else None)
         except (MigratedError, OSError) as error:
             self._failed(error if isinstance(error, MigratedError) else MigratedError(str(error)))
         except Exception as error:  # the top of a job: a bug here must not leave a migration without an end
@@ -130,29 +172,63 @@ class OutgoingMigration:
         self.status.advance(MigrationStatus.FAILED)
 
     async def _migrate(self) -> None:
-        channel: Channel | None = None
         try:
-            channel = await self._dial()
+            try:
+                await self._over(self._dial, self._phases)
+            except (ChannelError, ProtocolError) as error:
+                if not self._postcopy.committed:
+                    raise
+                await self._recover(error)
+        finally:
+            await insist(self._cleanup)
+
+    async def _recover(self, error: MigratedError) -> None:
+        """Pause and go on, as often as it takes."""
+        while True:
+            self.error = without_frames(error)
+            self._host.log.warning("migration_paused", error=str(error), migration_id=self.migration_id)
+            self.status.advance(MigrationStatus.POSTCOPY_PAUSED)
+            dial = await self._pauses.next_dial(self._dial, by_itself=self.kind is PeerKind.MIGRATED)
+            try:
+                await self._over(dial, self._resume_phases)
+            except (ChannelError, ProtocolError, OSError) as again:
+                error = again if isinstance(again, MigratedError) else MigratedError(str(again))
+            else:
+                return
+
+    async def _over(self, dial: Dial, phases: Phases) -> None:
+        """Connect and run phases over that connection."""
+        channel: Channel | None = None
+        self._urgent = None
+        try:
+            channel = self._channel = await dial()
+            self._dial = dial
             self.peer = channel.peer
             channel.silence_timeout_s = self._host.settings.silence_timeout_s()
             if isinstance(channel, FileChannel):
                 self.kind = PeerKind.FILE
-            await self._with_channel(channel)
+            if all(map(self._host.settings.enabled, ("postcopy-ram", "postcopy-preempt"))):
+                # A 7.2 expects it right behind the first: the order says which is which.
+                self._urgent = await dial()
+            await self._with_channel(channel, phases)
         finally:
-            await insist(self._cleanup)
-            if channel is not None:
-                channel.abort()
+            self._channel = None
+            for one in (channel, self._urgent):
+                if one is not None:
+                    one.abort()
 
-    async def _with_channel(self, channel: Channel) -> None:
+    async def _with_channel(self, channel: Channel, phases: Phases) -> None:
         """Run the phases beside what may end them: a dying workload, a breaking return path."""
         f = OutgoingStream(channel, self._progress.meter, on_sent=self._progress.sent, clock=self._host.clock)
         try:
             async with asyncio.TaskGroup() as group:
-                self._host.machine.watch()
-                self._watchers = [group.create_task(self._host.machine.lost())]
+                self._watchers = []
+                if not self._postcopy.committed:
+                    self._host.machine.watch()
+                    self._watchers.append(group.create_task(self._host.machine.lost()))
                 reader = self._open_return_path(channel, group) if channel.has_return_path else None
                 try:
-                    await self._phases(f, channel)
+                    await phases(f, channel)
                 except ChannelError as error:
                     # What the destination said before it closed tells more than the broken pipe it caused.
                     raise await self._reason_for(error) from error
@@ -165,8 +241,10 @@ class OutgoingMigration:
 
     def _open_return_path(self, channel: Channel, group: asyncio.TaskGroup) -> asyncio.Task[None]:
         stream = IncomingStream(channel, silence_timeout_s=self._host.settings.silence_timeout_s)
-        self._return_path = ReturnPathReader(stream)
-        self._watchers.append(group.create_task(self._return_path.watch()))
+        self._return_path = ReturnPathReader(stream, self._host.postcopy_save.request, self._progress.faulted)
+        self._return_stream = stream
+        if not self._postcopy.committed:
+            self._watchers.append(group.create_task(self._return_path.watch()))
         return group.create_task(self._return_path.read())
 
     def _unwatch(self) -> None:
@@ -176,12 +254,48 @@ class OutgoingMigration:
 
     async def _phases(self, f: OutgoingStream, channel: Channel) -> None:
         await self._greet(f)
+        self._advise(f)
         await self._host.registry.save_setup(f)
         await self._wait_for_destination(f)
         self._progress.setup_done()
         self._advance(MigrationStatus.ACTIVE)
-        await self._iterate(f)
-        await self._switchover.run(f, channel, self._return_path, self.kind, self._unwatch)
+        if await self._passes.run(f, lambda: self._postcopy_wanted) is Switch.POSTCOPY:
+            await self._postcopy.hand_over(self._link(f, channel), self._unwatch)
+        else:
+            await self._switchover.run(f, channel, self._return_path, self.kind, self._unwatch)
+
+    async def _resume_phases(self, f: OutgoingStream, channel: Channel) -> None:
+        self.status.advance(MigrationStatus.POSTCOPY_RECOVER)
+        await self._postcopy.resume(self._link(f, channel), self._went_on)
+
+    def _went_on(self) -> None:
+        self.error = None
+        self._pauses.went_on()
+
+    def _link(self, f: OutgoingStream, channel: Channel) -> Link:
+        assert self._return_path is not None
+        stream = self._return_stream
+
+        def expect_signs_of_life(timeout_s: float) -> None:
+            stream.idle_timeout_s = timeout_s
+
+        urgent = None
+        if self._urgent is not None:
+            urgent = OutgoingStream(
+                self._urgent, self._progress.meter, on_sent=self._progress.sent, clock=self._host.clock
+            )
+        return Link(f, urgent, self._return_path, self.peer, self.kind, channel, expect_signs_of_life)
+
+    def _advise(self, f: OutgoingStream) -> None:
+        """Say that postcopy may follow."""
+        if not self._host.settings.enabled("postcopy-ram"):
+            return
+        if self._return_path is None:
+            raise CommandError(
+                f"postcopy needs a connection with a return path, and {self.peer} has none. Next: migrate with"
+                " postcopy-ram off, or over tcp: or unix:"
+            )
+        f.put_buffer(encode_advise(PAGE_SIZE, PAGE_SIZE))
 
     async def _greet(self, f: OutgoingStream) -> None:
         machine, settings = self._host.machine, self._host.settings
@@ -214,57 +328,17 @@ class OutgoingMigration:
         settings = self._host.settings
         # The destination's own limit is attach-timeout; what it says then tells more than our silence.
         patience_s = settings.seconds("x-migrated-answer-timeout") + settings.silence_timeout_s()
-        await self._return_path.wait_setup_loaded(patience_s)
+        await self._return_path.wait_pong(SETUP_PING, patience_s, "the destination sets up")
 
     def _advance(self, status: MigrationStatus) -> None:
         if not self.status.advance(status):
             raise MigrationCancelled("cancelled")
 
-    # -- the iteration loop ------------------------------------------------------------------------------------
-
-    async def _iterate(self, f: OutgoingStream) -> None:
-        """Make passes until what is left fits the downtime limit. No lock held."""
-        host, progress, clock = self._host, self._progress, self._host.clock
-        while True:
-            progress.meter.set_limit(host.settings.parameters.integer("max-bandwidth"))
-            if (wait_s := progress.meter.time_left_s(clock())) > 0 and progress.meter.exceeded(clock()):
-                await asyncio.sleep(wait_s)
-            progress.meter.roll(clock())
-            limit_ms = host.settings.parameters.integer("downtime-limit")
-            threshold = progress.meter.threshold_bytes(limit_ms)
-            passes = len(progress.passes)
-            pending = await host.registry.save_live_pending(f, threshold)
-            facts = progress.facts(pending.total, limit_ms)
-            if decide(facts) is Decision.COMPLETE:
-                return
-            if len(progress.passes) != passes:
-                await self._after_pass()
-            await host.registry.save_live_iterate(f)
-
-    async def _after_pass(self) -> None:
-        progress, settings, now = self._progress, self._host.settings, self._host.clock()
-        auto_converge, limit_ms = settings.enabled("auto-converge"), settings.parameters.integer("downtime-limit")
-        highest = settings.parameters.integer("max-cpu-throttle") if auto_converge else None
-        assessment = progress.judge(progress.facts(progress.stats.remaining, limit_ms, highest))
-        if not assessment.converging:
-            self._host.log.warning("migration_not_converging", text=assessment.text, migration_id=self.migration_id)
-        if not auto_converge or now - self._throttle_checked_at < THROTTLE_PERIOD_S:
-            return
-        self._throttle_checked_at = now
-        last = progress.passes[-1]
-        written, parameters = (last.dirtied_bytes, last.sent_bytes), settings.parameters
-        percent = next_throttle(progress.throttle_percent, *written, parameters, self._outpaced_before)
-        raised = percent != progress.throttle_percent
-        self._outpaced_before = not raised and (self._outpaced_before or is_outpaced(*written, parameters))
-        if raised and await self._host.machine.throttle(percent):
-            progress.throttle_percent = percent
-            self._host.log.info("workload_throttled", percent=percent, migration_id=self.migration_id)
-
     # -- the end -----------------------------------------------------------------------------------------------
 
     async def _reason_for(self, error: ChannelError) -> MigratedError:
         reader = self._return_path
-        if reader is None or self._switchover.handed_over:
+        if reader is None or self._switchover.handed_over or self._postcopy.committed:
             return error
         try:
             async with asyncio.timeout(REASON_GRACE_S):

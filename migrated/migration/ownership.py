@@ -7,7 +7,8 @@ again when the destination says that it did not start. Without an answer it stay
     record      | may run here | how it ends
     ------------+--------------+---------------------------------------------------------------
     none        | once asked   | `cont` makes it owner; the first section of an arriving machine makes it partial
-    partial     | no           | a whole machine: owner; its memory is let go: none
+    partial     | no           | a whole machine: owner; one whose memory follows: incomplete; let go: none
+    incomplete  | it does      | postcopy: its memory still comes from the source; all has arrived: owner
     owner       | yes          | the last byte goes out: released; an arrived machine that cannot start goes back: moved
     released    | no           | answer: moved or owner; no answer: an operator's `resolve`
     moved       | no           | the machine comes back: owner
@@ -35,6 +36,7 @@ class Hold(StrEnum):
 
     NONE = "none"
     PARTIAL = "partial"
+    INCOMPLETE = "incomplete"
     OWNER = "owner"
     RELEASED = "released"
     MOVED = "moved"
@@ -44,12 +46,16 @@ class Hold(StrEnum):
 #: Which record may follow which; the one place that knows.
 NEXT: Mapping[Hold, frozenset[Hold]] = {
     Hold.NONE: frozenset({Hold.OWNER, Hold.PARTIAL}),
-    Hold.PARTIAL: frozenset({Hold.OWNER, Hold.ACCEPTED, Hold.NONE}),
+    Hold.PARTIAL: frozenset({Hold.OWNER, Hold.INCOMPLETE, Hold.ACCEPTED, Hold.NONE}),
+    Hold.INCOMPLETE: frozenset({Hold.OWNER, Hold.NONE}),
     Hold.OWNER: frozenset({Hold.RELEASED, Hold.MOVED}),
     Hold.RELEASED: frozenset({Hold.MOVED, Hold.OWNER}),
-    Hold.MOVED: frozenset({Hold.OWNER, Hold.ACCEPTED}),
+    Hold.MOVED: frozenset({Hold.OWNER, Hold.INCOMPLETE, Hold.ACCEPTED}),
     Hold.ACCEPTED: frozenset({Hold.OWNER, Hold.MOVED}),
 }
+
+#: The machine is here.
+OWNING = frozenset({Hold.OWNER, Hold.INCOMPLETE})
 
 #: (what is known, what to do next)
 ADVICE: Mapping[Hold, tuple[str, str]] = {
@@ -59,6 +65,14 @@ ADVICE: Mapping[Hold, tuple[str, str]] = {
         (
             "migrate it again; or, to begin afresh, end the workload here, let go of its memory (`migratectl release`)"
             " and start it anew"
+        ),
+    ),
+    Hold.INCOMPLETE: (
+        "the machine is this host's, and a part of its memory is still at {peer}",
+        (
+            "let the migration come to its end (`migratectl status` says whether it waits for something). Where this"
+            " daemon was started anew in the middle, the machine stands still for good: end the workload, then"
+            " `migratectl release`"
         ),
     ),
     Hold.OWNER: ("this host owns the machine", "nothing"),
@@ -115,7 +129,7 @@ class Ownership:
     @property
     def may_run(self) -> bool:
         """True when this host's record says that it owns the machine."""
-        return self.record.hold is Hold.OWNER
+        return self.record.hold in OWNING
 
     @property
     def outcome_unknown(self) -> bool:
@@ -129,14 +143,14 @@ class Ownership:
         ``run_state`` is what an owner's machine does from now on; without it, it does what it did.
         """
         now = self.record
-        if hold is now.hold and hold is Hold.OWNER:
+        if hold is now.hold and hold in OWNING:
             if run_state not in (None, now.run_state):
                 await self._write(replace(now, run_state=run_state))
             return
         if hold not in NEXT[now.hold]:
             raise CommandError(f"the record says {now.hold.value}, it cannot become {hold.value}: {self.text()}")
         new = replace(now, hold=hold, peer=peer, migration_id=migration_id, run_state=run_state or now.run_state)
-        if hold is Hold.OWNER and now.hold is not Hold.RELEASED:
+        if hold in OWNING and now.hold not in (Hold.RELEASED, Hold.INCOMPLETE):
             new = replace(new, epoch=now.epoch + 1)
         if hold is Hold.MOVED:
             # A fact that is known stays known in this process even if it cannot be written; on disk `released` stays.
@@ -158,7 +172,7 @@ class Ownership:
 
     def require_may_receive(self) -> None:
         """Raise CommandError where an arriving machine would be a second owner's."""
-        if self.record.hold in (Hold.OWNER, Hold.RELEASED, Hold.ACCEPTED):
+        if self.record.hold in OWNING or self.outcome_unknown:
             raise CommandError(f"this host cannot take a machine in: {self.text()}")
 
     def text(self) -> str:

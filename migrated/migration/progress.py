@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from migrated.model.convergence import Assessment, Facts, assess
+from migrated.model.faults import FaultSummary
 from migrated.model.stats import BandwidthMeter, DowntimeLedger, RamStats
 
 #: QEMU trusts a bandwidth figure only after this much has been sent.
@@ -51,6 +52,7 @@ class Progress:
         self.throttle_percent = 0
         self._throttle_wanted = False
         self.sent_bytes = 0
+        self.faults: FaultSummary | None = None
 
     def setup_done(self) -> None:
         """Setup sections are written."""
@@ -78,6 +80,10 @@ class Progress:
                 self.stats.dirty_pages_rate = round(newly_dirty_pages / seconds)
         self._pass_started_at = now
         self._pass_sent = self.sent_bytes
+
+    def faulted(self, figures: FaultSummary) -> None:
+        """Remember what faults at the other end have cost so far."""
+        self.faults = figures
 
     def sent(self, count: int) -> None:
         """Account bytes handed to the channel."""

@@ -27,6 +27,8 @@ _WITH_FIGURES = frozenset(
 )
 _OUTCOME = {
     Hold.NONE: "source-owns",
+    Hold.PARTIAL: "source-owns",
+    Hold.INCOMPLETE: "source-owns",
     Hold.OWNER: "source-owns",
     Hold.RELEASED: "unknown",
     Hold.ACCEPTED: "unknown",
@@ -51,21 +53,28 @@ def describe_outgoing(migration: OutgoingMigration, progress: Progress, downtime
     answer |= _own_members(progress)
     answer["x-migrated-migration-id"] = migration.migration_id
     answer["x-migrated-peer"] = {"address": migration.peer, "kind": migration.kind.value}
+    if progress.faults is not None:
+        answer["x-migrated-faults"] = progress.faults.as_dict()
     if (eta_ms := progress.eta_ms()) is not None:
         answer["x-migrated-eta-ms"] = eta_ms
     return answer
 
 
-def describe_incoming(migration: IncomingMigration, progress: Progress) -> dict[str, object]:
-    """Return the members of an incoming migration."""
+def describe_incoming(migration: IncomingMigration, progress: Progress, *, blocktime: bool) -> dict[str, object]:
+    """Return the members of an incoming migration; ``blocktime``: the capability postcopy-blocktime is on."""
     status = migration.status.value
     if status is MigrationStatus.NONE:
         return {}
     answer: dict[str, object] = {"status": status.value}
-    if migration.error is not None:
-        answer["error-desc"] = str(migration.error)
+    if (error := migration.error or migration.postcopy.why_paused) is not None:
+        answer["error-desc"] = str(error)
     if status in _WITH_FIGURES:
         answer |= _figures(progress, status)
+    if (faults := migration.postcopy.faults) is not None:
+        answer["x-migrated-faults"] = faults.summary().as_dict()
+        if blocktime and status is MigrationStatus.COMPLETED:
+            answer["postcopy-blocktime"] = round(faults.blocktime_s * 1000)
+            answer["postcopy-vcpu-blocktime"] = [round(seconds * 1000) for seconds in faults.blocktime_by_thread_s]
     answer["x-migrated-migration-id"] = migration.migration_id
     answer["x-migrated-peer"] = {"address": migration.peer, "kind": migration.kind.value}
     return answer

@@ -11,13 +11,17 @@ ends the detection, so no timer is involved.
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Mapping
 from enum import StrEnum
 
 from migrated.errors import ChannelClosed, ChannelTimeout, MigratedError, PeerRefused, RemoteProtocolError
+from migrated.model.faults import FaultFigures, FaultSummary
 from migrated.stream.incoming import IncomingStream
 from migrated.transport.channel import Channel
 from migrated.wire.command import PEER_PONG
 from migrated.wire.return_path import (
+    Faults,
     Pong,
     Reason,
     ReceivedBitmap,
@@ -26,15 +30,24 @@ from migrated.wire.return_path import (
     ReturnMessage,
     Shut,
     SwitchoverAck,
+    encode_faults,
     encode_pong,
     encode_reason,
+    encode_received_bitmap,
+    encode_request_pages,
+    encode_resume_ack,
     encode_shut,
+    parse_bitmap_body,
     parse_message,
 )
 
 FIRST_PING = 1
-#: Sent behind the START sections.
+#: Sent behind the START sections; in postcopy once more before the package, as QEMU does, where nobody waits for it.
 SETUP_PING = 2
+#: The last element but one of a postcopy package: its PONG means that the devices are loaded.
+DEVICES_PING = 3
+#: Behind the package.
+PACKAGE_PING = 4
 
 
 class PeerKind(StrEnum):
@@ -47,14 +60,29 @@ class PeerKind(StrEnum):
 
 
 class ReturnPathReader:
-    """The source's end: reads messages until the connection ends; `answer` resolves with SHUT's status."""
+    """The source's end: reads messages until the connection ends; `answer` resolves with SHUT's status.
 
-    def __init__(self, stream: IncomingStream) -> None:
+    ``on_request(block, start, length)`` takes the pages that a destination in postcopy waits for, ``on_faults`` what it
+    has counted so far.
+    """
+
+    def __init__(
+        self,
+        stream: IncomingStream,
+        on_request: Callable[[str | None, int, int], None],
+        on_faults: Callable[[FaultSummary], None],
+    ) -> None:
         self._stream = stream
+        self._on_request = on_request
+        self._on_faults = on_faults
         self.kind: asyncio.Future[PeerKind] = asyncio.get_running_loop().create_future()
         self.answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self.setup_loaded = asyncio.Event()
-        """Set once the destination has read the START sections: its blocks are there, and fit."""
+        self._ended = asyncio.Event()
+        self._pongs: dict[int, asyncio.Event] = defaultdict(asyncio.Event)
+        self._bitmap_pages: Mapping[str, int] = {}
+        self._bitmaps: dict[str, bytes] = {}
+        self._bitmaps_complete = asyncio.Event()
+        self._resumed = asyncio.Event()
         self._greeted = False
         self._reason = ""
 
@@ -63,20 +91,26 @@ class ReturnPathReader:
         try:
             while not self.answer.done():
                 await self._stream.wait_for_element()
-                self._take(await self._stream.run(parse_message()))
+                await self._take(await self._stream.run(parse_message()))
         except RemoteProtocolError as error:
             # The end of the stream is a close; anything else is a destination that talks nonsense.
             closed = error.found == "end of stream"
             self._fail(ChannelClosed("the destination closed the connection") if closed else error)
         except MigratedError as error:
             self._fail(error)
+        finally:
+            self._ended.set()
 
     async def watch(self) -> None:
         """Raise as soon as the destination gives up. Cancel this before the last byte: then an answer is expected."""
         await asyncio.shield(self.answer)
         raise self.refusal() or PeerRefused("the destination ended the migration before it had everything")
 
-    def _take(self, message: ReturnMessage) -> None:
+    async def watch_link(self) -> None:
+        """Return when the destination has said its last word; raise as soon as it cannot say it any more."""
+        await asyncio.shield(self.answer)
+
+    async def _take(self, message: ReturnMessage) -> None:
         match message:
             case Shut(status=status):
                 self.answer.set_result(status)
@@ -86,14 +120,32 @@ class ReturnPathReader:
                 self._greeted |= value == PEER_PONG
                 if value == FIRST_PING and not self.kind.done():
                     self.kind.set_result(PeerKind.MIGRATED if self._greeted else PeerKind.QEMU)
-                if value == SETUP_PING:
-                    self.setup_loaded.set()
+                self._pongs[value].set()
             case Reason(text=text):
                 self._reason = text
-            case RequestPages() | ReceivedBitmap() | ResumeAck() | SwitchoverAck():
+            case RequestPages(start=start, length=length, block=block):
+                self._on_request(block, start, length)
+            case Faults(words=words):
+                self._on_faults(FaultSummary.from_words(words))
+            case ReceivedBitmap(block=block):
+                await self._take_bitmap(block)
+            case ResumeAck(value=value):
+                if value != 1:
+                    raise RemoteProtocolError(f"RESUME_ACK with value {value}", section="return path", expected="1")
+                self._resumed.set()
+            case SwitchoverAck():
                 raise RemoteProtocolError(
                     f"{type(message).__name__} belongs to a feature that is not on", section="return path"
                 )
+
+    async def _take_bitmap(self, block: str) -> None:
+        if block not in self._bitmap_pages or block in self._bitmaps:
+            raise RemoteProtocolError(
+                f"a received bitmap of block '{block}' that was not asked for", section="return path"
+            )
+        self._bitmaps[block] = await self._stream.run(parse_bitmap_body(block, self._bitmap_pages[block]))
+        if len(self._bitmaps) == len(self._bitmap_pages):
+            self._bitmaps_complete.set()
 
     def _fail(self, error: MigratedError) -> None:
         refusal = self.refusal()
@@ -114,36 +166,107 @@ class ReturnPathReader:
         except TimeoutError as error:
             raise ChannelTimeout(f"no PONG within {timeout_s:g} s", phase="detecting the peer") from error
 
-    async def wait_setup_loaded(self, timeout_s: float) -> None:
-        """Wait until the destination has taken the START sections; it may have to wait for its workload first."""
+    async def wait_pong(self, value: int, timeout_s: float, phase: str) -> None:
+        """Wait for the echo of a PING. Raises ChannelTimeout, or what ended the return path."""
+        await self._wait(self._pongs[value], timeout_s, f"no PONG within {timeout_s:g} s", phase)
+
+    async def wait_bitmaps(
+        self, pages: Mapping[str, int], ask: Callable[[], Awaitable[None]], timeout_s: float
+    ) -> Mapping[str, bytes]:
+        """Ask for the received bitmaps of blocks (name -> number of pages) and wait for all of them."""
+        self._bitmap_pages = pages
+        await ask()
+        if pages:
+            missing = f"not all received bitmaps within {timeout_s:g} s"
+            await self._wait(self._bitmaps_complete, timeout_s, missing, "recovering")
+        return self._bitmaps
+
+    async def wait_resumed(self, timeout_s: float) -> None:
+        """Wait for RESUME_ACK."""
+        await self._wait(self._resumed, timeout_s, f"no RESUME_ACK within {timeout_s:g} s", "recovering")
+
+    async def _wait(self, event: asyncio.Event, timeout_s: float, text: str, phase: str) -> None:
+        """Wait for an event or the end of the return path, whichever is first."""
+        waits = {asyncio.ensure_future(event.wait()), asyncio.ensure_future(self._ended.wait())}
         try:
-            async with asyncio.timeout(timeout_s):
-                await self.setup_loaded.wait()
-        except TimeoutError as error:
-            raise ChannelTimeout(f"no PONG within {timeout_s:g} s", phase="the destination sets up") from error
+            await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        if event.is_set():
+            return
+        if not self._ended.is_set():
+            raise ChannelTimeout(text, phase=phase)
+        await asyncio.shield(self.answer)
+        raise self.refusal() or PeerRefused("the destination ended the migration before it had everything")
 
 
 class ReturnPathWriter:
-    """The destination's end."""
+    """The destination's end. Messages keep their order, whoever sends them."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
+        self._turn = asyncio.Lock()
+        self._last_block = ""
+        self._requests = bytearray()
+        self._requested = asyncio.Event()
         self.peer = PeerKind.UNKNOWN
         self.opened = False
 
+    def reconnect(self, channel: Channel) -> None:
+        """Go on with another connection; nobody remembers the last block any more."""
+        self._channel = channel
+        self._last_block = ""
+        self._requests.clear()
+
     async def pong(self, value: int) -> None:
         """Echo a PING."""
-        await self._channel.send(encode_pong(value))
+        await self._send(encode_pong(value))
 
     async def greet(self) -> None:
         """Show a `migrated` source that this is one, too."""
         self.peer = PeerKind.MIGRATED
-        await self._channel.send(encode_pong(PEER_PONG))
+        await self._send(encode_pong(PEER_PONG))
+
+    def request_pages(self, block: str, start: int, length: int) -> None:
+        """Have `deliver` ask for pages that somebody waits for."""
+        name = None if block == self._last_block else block
+        self._last_block = block
+        self._requests += encode_request_pages(start, length, name)
+        self._requested.set()
+
+    async def deliver(self) -> None:
+        """Send requests as they come, until this is cancelled. Raises ChannelError."""
+        while True:
+            await self._requested.wait()
+            self._requested.clear()
+            async with self._turn:
+                # Taken only now: an answer that was sent meanwhile stands between requests, never inside one.
+                requests, self._requests = self._requests, bytearray()
+                if requests:
+                    await self._channel.send(requests)
+
+    async def received_bitmap(self, block: str, bitmap: bytes) -> None:
+        """Say what has arrived of a block."""
+        await self._send(encode_received_bitmap(block, bitmap))
+
+    async def faults(self, figures: FaultFigures | None) -> None:
+        """Tell a `migrated` source what faults have cost so far."""
+        if figures is not None and self.peer is PeerKind.MIGRATED:
+            await self._send(encode_faults(figures.summary().to_words()))
+
+    async def resumed(self) -> None:
+        """Say that postcopy goes on."""
+        await self._send(encode_resume_ack())
 
     async def shut(self, status: int, reason: str = "") -> None:
         """Send the last message; a reason goes first where the source can read it."""
         if not self.opened:
             return
         if reason and self.peer is PeerKind.MIGRATED:
-            await self._channel.send(encode_reason(reason))
-        await self._channel.send(encode_shut(status))
+            await self._send(encode_reason(reason))
+        await self._send(encode_shut(status))
+
+    async def _send(self, message: bytes) -> None:
+        async with self._turn:
+            await self._channel.send(message)

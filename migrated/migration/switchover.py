@@ -14,37 +14,31 @@ import asyncio
 import json
 from collections.abc import Callable
 
-from migrated.errors import ChannelError, MigrationCancelled, OutcomeUnknown, PeerRefused, ProtocolError
+from migrated.errors import ChannelError, OutcomeUnknown, PeerRefused, ProtocolError
 from migrated.migration.host import Host, insist, resume_machine
+from migrated.migration.operator_pause import OperatorPause
 from migrated.migration.ownership import Hold
 from migrated.migration.progress import Progress
 from migrated.migration.return_path import PeerKind, ReturnPathReader
 from migrated.model.runstate import RunState
-from migrated.model.status import MigrationStatus, StatusCell
 from migrated.stream.outgoing import OutgoingStream
 from migrated.transport.channel import Channel
-from migrated.wire.command import Command, ping_payload
 
 
 class Switchover:
     """One attempt to hand the machine over; owns the point of no return."""
 
-    def __init__(self, host: Host, progress: Progress, status: StatusCell, migration_id: str) -> None:
+    def __init__(self, host: Host, progress: Progress, pause: OperatorPause, migration_id: str) -> None:
         self._host = host
         self._progress = progress
-        self._status = status
+        self._pause = pause
         self._migration_id = migration_id
-        self._proceed = asyncio.Event()
         self._on_commit: Callable[[], None] = lambda: None
         self._answers = False
         self.committed = False
         """From here on nothing is cancelled any more."""
         self.handed_over = False
         """The first byte of the last message may have left."""
-
-    def proceed(self) -> None:
-        """Go on after pause-before-switchover."""
-        self._proceed.set()
 
     async def run(
         self,
@@ -82,31 +76,13 @@ class Switchover:
         await host.machine.stop(RunState.FINISH_MIGRATE)
         ledger.mark("stop", clock())
         if host.settings.enabled("pause-before-switchover"):
-            await self._wait_for_operator(f)
+            await self._pause.wait(f, answers=self._answers)
             ledger.mark("operator", clock())
         self._progress.meter.set_limit(0)
         await host.registry.save_live_complete_precopy(f)
         ledger.mark("ram", clock())
         await host.registry.save_state(f)
         ledger.mark("devices", clock())
-
-    async def _wait_for_operator(self, f: OutgoingStream) -> None:
-        self._status.advance(MigrationStatus.PRE_SWITCHOVER)
-        async with self._host.lock.released():
-            beat_s = self._host.settings.silence_timeout_s()
-            while not self._proceed.is_set():
-                if self._answers:
-                    # The peer must not take an operator who thinks for a dead source. (Without a return path it has
-                    # no such patience, and would refuse a PING.)
-                    f.put_command(Command.PING, ping_payload(0))
-                    await f.drain()
-                try:
-                    async with asyncio.timeout(beat_s):
-                        await self._proceed.wait()
-                except TimeoutError:
-                    continue
-        if not self._status.advance(MigrationStatus.DEVICE, expected={MigrationStatus.PRE_SWITCHOVER}):
-            raise MigrationCancelled("cancelled before switchover")
 
     async def _release(self, f: OutgoingStream, channel: Channel) -> None:
         self._host.machine.check_alive()  # who watches may not have had its turn yet, and is dismissed here

@@ -69,7 +69,7 @@ CAPABILITIES: Mapping[str, Capability] = {
         Capability("zero-blocks"),
         Capability("compress"),
         Capability("events", implemented=True),
-        Capability("postcopy-ram"),
+        Capability("postcopy-ram", implemented=True),
         Capability("x-colo"),
         Capability("release-ram"),
         Capability("block"),
@@ -83,14 +83,14 @@ CAPABILITIES: Mapping[str, Capability] = {
         Capability("pause-before-switchover", implemented=True),
         Capability("multifd"),
         Capability("dirty-bitmaps"),
-        Capability("postcopy-blocktime"),
+        Capability("postcopy-blocktime", implemented=True),
         # Says when disks are locked; without disks there is nothing to do differently.
         Capability("late-block-activate", implemented=True),
         Capability("x-ignore-shared"),
         Capability("validate-uuid", implemented=True),
         Capability("background-snapshot"),
         Capability("zero-copy-send"),
-        Capability("postcopy-preempt"),
+        Capability("postcopy-preempt", implemented=True),
     )
 }
 
@@ -157,7 +157,7 @@ PARAMETERS: Mapping[str, Parameter] = {
             "xbzrle-cache-size", Kind.SIZE, 64 << 20, "bytes", 4096, 2**64 - 1,
             "a power of two no less than the target page size", power_of_two=True,
         ),
-        _rate("max-postcopy-bandwidth", implemented=False),
+        _rate("max-postcopy-bandwidth", implemented=True),
         _percent("max-cpu-throttle", 99, expects="an integer in the range of cpu_throttle_initial to 99"),
         Parameter("multifd-compression", Kind.ENUM, "none", choices=("none", "zlib", "zstd")),
         _level("multifd-zlib-level"),

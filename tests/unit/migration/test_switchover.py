@@ -12,6 +12,7 @@ import structlog
 
 from migrated.errors import ChannelClosed, OutcomeUnknown
 from migrated.migration.host import Host
+from migrated.migration.operator_pause import OperatorPause
 from migrated.migration.ownership import Hold, Ownership
 from migrated.migration.progress import Progress
 from migrated.migration.return_path import PeerKind
@@ -23,6 +24,10 @@ from migrated.savevm.iothread_lock import IothreadLock
 from migrated.savevm.registry import SaveVMRegistry
 from migrated.stream.outgoing import OutgoingStream
 from tests.unit.migration.test_ownership import MemoryStore
+
+
+def no_pause(host: Host) -> OperatorPause:
+    return OperatorPause(host, StatusCell(OUTGOING, lambda status: None))
 
 
 class BreakingChannel:
@@ -92,7 +97,7 @@ async def test_only_a_byte_that_left_makes_the_outcome_unknown(
     room: int, error: type[Exception], hold: Hold, state: RunState
 ) -> None:
     host = fake_host(MemoryStore({"hold": "owner", "epoch": 1}))
-    switchover = Switchover(host, Progress(time.monotonic), StatusCell(OUTGOING, lambda status: None), "id")
+    switchover = Switchover(host, Progress(time.monotonic), no_pause(host), "id")
     channel = cast(Any, BreakingChannel(room))
     f = OutgoingStream(channel, BandwidthMeter())
     with pytest.raises(error):
@@ -120,7 +125,7 @@ class PatientChannel(BreakingChannel):
 async def test_a_machine_that_moved_has_moved_also_where_that_cannot_be_written() -> None:
     store = FullDisk({"hold": "owner", "epoch": 1})
     host = fake_host(store)
-    switchover = Switchover(host, Progress(time.monotonic), StatusCell(OUTGOING, lambda status: None), "id")
+    switchover = Switchover(host, Progress(time.monotonic), no_pause(host), "id")
     channel = cast(Any, PatientChannel(0))
     answer = asyncio.get_running_loop().create_future()
     answer.set_result(0)

@@ -1,0 +1,50 @@
+"""How a stream begins: header and configuration, held against this host's machine.
+
+The rule of the file: nothing of this host is touched here, and a source has one deadline for all of it. Error texts are
+QEMU's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from migrated.errors import RemoteProtocolError
+from migrated.migration.host import Host
+from migrated.stream.incoming import IncomingStream
+from migrated.wire.section import Configuration, parse_preamble, parse_stream_header
+
+PAGE_BITS = 12
+
+
+async def read_preamble(stream: IncomingStream, host: Host) -> int:
+    """Read header and configuration; return the first element's type byte. Raises RemoteProtocolError."""
+    limit_s = host.settings.silence_timeout_s()
+    try:
+        async with asyncio.timeout(limit_s):
+            await stream.run(parse_stream_header())
+            stream.section = "configuration"
+            configuration, first = await stream.run(parse_preamble())
+    except TimeoutError as error:
+        raise RemoteProtocolError(
+            f"no complete stream header and configuration within {limit_s:g} s", offset=stream.offset
+        ) from error
+    _check(configuration, host)
+    return first
+
+
+def _check(configuration: Configuration, host: Host) -> None:
+    machine = host.machine
+    if configuration.machine_type != machine.machine_type:
+        raise _refused(f"Machine type received is '{configuration.machine_type}' and local is '{machine.machine_type}'")
+    for name in configuration.capabilities:
+        raise _refused(f"Capability {name} is off, but received capability is on")
+    if configuration.target_page_bits not in (None, PAGE_BITS):
+        raise _refused(f"Received TARGET_PAGE_BITS is {configuration.target_page_bits} but local is {PAGE_BITS}")
+    if configuration.uuid is not None and machine.uuid is not None and host.settings.enabled("validate-uuid"):
+        local = machine.uuid.replace("-", "").lower()
+        if configuration.uuid.hex() != local:
+            raise _refused(f"UUID received is {configuration.uuid.hex()} and local is {local}")
+
+
+def _refused(text: str) -> RemoteProtocolError:
+    return RemoteProtocolError(text, section="configuration")
