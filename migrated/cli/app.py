@@ -18,11 +18,28 @@ import typer
 from migrated.cli.display import choose_display
 from migrated.cli.exit_code import ExitCode
 from migrated.cli.output import Output
+from migrated.cli.postcopy import (
+    AT_ONCE,
+    DEFAULT_MOMENT,
+    PAUSED_AT_DESTINATION,
+    PAUSED_AT_SOURCE,
+    Moment,
+    Reconnect,
+    Switch,
+    capability,
+    give_value,
+    is_postcopy,
+    is_source,
+    last_address,
+    parse_moment,
+)
 from migrated.cli.progress import progress_line, read_progress
 from migrated.cli.report import (
     arrival_lines,
     arrival_object,
     format_address,
+    not_needed_lines,
+    recovery_lines,
     release_lines,
     release_object,
     report_lines,
@@ -30,7 +47,7 @@ from migrated.cli.report import (
     status_lines,
 )
 from migrated.cli.settings import format_value, parse_switches, parse_values
-from migrated.cli.watch import counted_interrupts, wait_for_end, wait_for_load
+from migrated.cli.watch import Errand, Interrupts, counted_interrupts, wait_for_end, wait_for_load
 from migrated.control.client import QmpClient
 from migrated.errors import ChannelError, CommandError, MigratedError
 
@@ -102,27 +119,41 @@ def status(ctx: typer.Context, as_json: Json = False) -> None:
         output.result(members, status_lines(state, machine, ownership, info))
 
 
-@app.command()
+class WithMoment(typer.core.TyperCommand):
+    """A command whose option --postcopy may stand alone."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, give_value(args))
+
+
+@app.command(cls=WithMoment)
 def migrate(
     ctx: typer.Context,
     uri: Annotated[str, typer.Argument(help="tcp:HOST:PORT, unix:PATH, exec:COMMAND, fd:NAME or file:PATH")],
+    postcopy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[=MOMENT]",
+            help="Let the machine run at the destination first, its memory follows: at-once, after-pass:N, or"
+            f" when-stuck (when it does not converge). Alone: {DEFAULT_MOMENT}.",
+        ),
+    ] = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Return as soon as it has begun.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Move the machine away; wait for the end and report. Ctrl-C cancels, a second one leaves it running."""
+    """Move the machine away; wait for the end and report. Ctrl-C cancels, a second one, or one in postcopy, leaves."""
     with daemon(ctx, as_json) as (client, output), counted_interrupts() as interrupts:
-        client.execute("migrate", {"uri": uri})
-        if detach:
+        moment = parse_moment(postcopy) if postcopy is not None else None
+        if detach and moment not in (None, Moment(AT_ONCE)):
+            raise ValueError("nobody waits for the moment with --detach: only --postcopy=at-once goes with it")
+        with capability(client, moment is not None):
+            client.execute("migrate", {"uri": uri})
+            if not detach:
+                errand = Switch(client, moment) if moment is not None else None
+                raise typer.Exit(_follow(client, output, interrupts, errand))
+            if moment is not None:
+                client.execute("migrate-start-postcopy")
             output.result({"status": "setup"}, ["Migration started; 'migratectl status' shows how it goes"])
-            return
-        with unknown_when_lost(output, "migration"), choose_display(output.as_json) as display:
-            code, info = wait_for_end(client, display, interrupts)
-        if code is ExitCode.INTERRUPTED:
-            output.result(info, ["The migration goes on; 'migratectl status' shows how"])
-        else:
-            ownership = _if_known(client, "x-migrated-query-ownership") if code else {}
-            output.result(report_object(info, code), report_lines(info, code, ownership))
-        raise typer.Exit(code)
 
 
 @app.command()
@@ -162,6 +193,47 @@ def cancel(ctx: typer.Context, as_json: Json = False) -> None:
         client.execute("migrate_cancel")
         info = client.execute("query-migrate")
         output.result(info, [progress_line(read_progress(info))])
+
+
+@app.command("start-postcopy")
+def start_postcopy(ctx: typer.Context, as_json: Json = False) -> None:
+    """Let the migration under way switch to postcopy. The capability postcopy-ram must be on since before it began."""
+    _run(ctx, as_json, "migrate-start-postcopy")
+
+
+@app.command()
+def pause(ctx: typer.Context, as_json: Json = False) -> None:
+    """Break the connection of a postcopy. The machine stays at the destination, and waits there for missing memory."""
+    with daemon(ctx, as_json) as (client, output):
+        source = is_source(client.execute("query-migrate"), client.execute("query-status")["status"])
+        answer = client.execute("migrate-pause")
+        output.result(answer, [PAUSED_AT_SOURCE if source else PAUSED_AT_DESTINATION])
+
+
+@app.command()
+def recover(
+    ctx: typer.Context,
+    uri: Annotated[str | None, typer.Argument(help="Where to wait, or to connect to; where it was, without.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Go on after a pause: at the destination, wait for the source at URI; at the source, connect to URI and follow."""
+    with daemon(ctx, as_json) as (client, output), counted_interrupts() as interrupts:
+        info = client.execute("query-migrate")
+        if not is_source(info, client.execute("query-status")["status"]):
+            if uri is not None or info.get("status") != "postcopy-paused":
+                client.execute("migrate-recover", {"uri": uri or ""})
+            info = client.execute("query-migrate")
+            addresses = info.get("socket-address", [])
+            output.result({"socket-address": addresses}, recovery_lines(info))
+            return
+        if (target := uri or last_address(info)) is None:
+            raise ValueError("it is not known how to reach the destination again: say URI")
+        errand = Reconnect(client, target)
+        if not is_postcopy(info):
+            client.execute("migrate", {"uri": target, "resume": True})  # refused, with the daemon's words
+        if not output.as_json:
+            print(f"Connecting to {target}, which must wait there ('migratectl status' at the destination says where)")
+        raise typer.Exit(_follow(client, output, interrupts, errand))
 
 
 @app.command("continue")
@@ -268,6 +340,20 @@ def demo(
 def main() -> None:
     """Entry point of the console script."""
     app(prog_name="migratectl")
+
+
+def _follow(client: QmpClient, output: Output, interrupts: Interrupts, errand: Errand | None) -> ExitCode:
+    """Wait for the end of an outgoing migration, and report."""
+    with unknown_when_lost(output, "migration"), choose_display(output.as_json) as display:
+        code, info = wait_for_end(client, display, interrupts, errand)
+    if code is ExitCode.INTERRUPTED:
+        why = "Postcopy cannot be cancelled: the" if is_postcopy(info) else "The"
+        output.result(info, [f"{why} migration goes on; 'migratectl status' shows how"])
+    else:
+        ownership = _if_known(client, "x-migrated-query-ownership") if code else {}
+        lines = report_lines(info, code, ownership) + not_needed_lines(info, code, wanted=isinstance(errand, Switch))
+        output.result(report_object(info, code), lines)
+    return code
 
 
 def _run(ctx: typer.Context, as_json: bool, command: str, arguments: Mapping[str, object] | None = None) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from migrated.cli.exit_code import exit_code_of
+from migrated.cli.postcopy import faults_in_short, is_postcopy
 from migrated.cli.units import format_bytes, format_ms, format_rate
 
 
@@ -28,6 +29,7 @@ class Progress:
     expected_downtime_ms: float | None
     eta_ms: float | None
     throttle_percent: int
+    faults: str
     warning: str
 
     @property
@@ -43,18 +45,22 @@ def read_progress(info: Mapping[str, Any]) -> Progress:
     ram: Mapping[str, Any] = info.get("ram", {})
     convergence: Mapping[str, Any] = info.get("x-migrated-convergence", {})
     page_size = ram.get("page-size", 4096)
+    follows = is_postcopy(info)  # passes, the writer's speed and the downtime are history then
     return Progress(
         status=info.get("status", "none"),
-        passes=_passes(info),
+        passes=0 if follows else _passes(info),
         transferred_bytes=ram.get("transferred", 0),
         remaining_bytes=ram.get("remaining", 0),
         total_bytes=ram.get("total", 0),
-        dirty_bps=info.get("x-migrated-dirty-rate-bps", ram.get("dirty-pages-rate", 0) * page_size),
+        dirty_bps=0 if follows else info.get("x-migrated-dirty-rate-bps", ram.get("dirty-pages-rate", 0) * page_size),
         bandwidth_bps=info.get("x-migrated-bandwidth-bps", ram.get("mbps", 0) * 1e6 / 8),
-        expected_downtime_ms=info.get("expected-downtime"),
+        expected_downtime_ms=None if follows else info.get("expected-downtime"),
         eta_ms=info.get("x-migrated-eta-ms"),
         throttle_percent=info.get("cpu-throttle-percentage", 0),
-        warning="" if convergence.get("converging", True) else describe_convergence(convergence),
+        faults=faults_in_short(info),
+        warning=""
+        if follows or info.get("status") == "completed" or convergence.get("converging", True)
+        else describe_convergence(convergence),
     )
 
 
@@ -85,6 +91,8 @@ def figures(progress: Progress) -> str:
         parts.append(f"throttled {progress.throttle_percent} %")
     if progress.expected_downtime_ms is not None:
         parts.append(f"expected downtime {format_ms(progress.expected_downtime_ms)}")
+    if progress.faults:
+        parts.append(progress.faults)
     if progress.eta_ms is not None:
         parts.append(f"ETA {format_ms(progress.eta_ms)}")
     return ", ".join(parts)

@@ -5,10 +5,12 @@ The rule of the file: pure functions from QMP answers to lines of text, or to th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from migrated.cli.exit_code import ExitCode
+from migrated.cli.postcopy import describe_blocktime, describe_faults, next_step
 from migrated.cli.progress import describe_convergence, progress_line, read_progress
 from migrated.cli.units import format_bytes, format_ms, format_rate
 
@@ -37,6 +39,7 @@ def report_object(info: Mapping[str, Any], code: ExitCode) -> dict[str, Any]:
         "transferred": ram.get("transferred"),
         "ram": ram.get("total"),
         "throughput": throughput_bps(info),
+        "faults": info.get("x-migrated-faults"),
         "convergence": info.get("x-migrated-convergence"),
     }
     return {name: value for name, value in members.items() if value is not None}
@@ -58,6 +61,7 @@ def report_lines(info: Mapping[str, Any], code: ExitCode, ownership: Mapping[str
         lines.append(_row("transferred", f"{format_bytes(ram['transferred'])} for {format_bytes(ram['total'])} of RAM"))
     if (rate := throughput_bps(info)) is not None:
         lines.append(_row("throughput", format_rate(rate)))
+    lines += _fault_lines(info)
     convergence = info.get("x-migrated-convergence", {})
     if code is not ExitCode.DONE and not convergence.get("converging", True):
         lines.append(_row("convergence", describe_convergence(convergence)))
@@ -139,10 +143,26 @@ def status_lines(
     ]
     if ownership:
         lines.append(_row("ownership", f"{ownership.get('record')}: {ownership.get('text')}"))
+    if (step := next_step(info, str(status.get("status")))) is not None:
+        lines.append(_row("next step", step))  # the record does not know how far the migration is
+    else:
         lines += next_step_lines(ownership)
     lines += [_row("waiting at", format_address(address)) for address in info.get("socket-address", ())]
     lines.append(_row("migration", progress_line(read_progress(info))))
+    lines += _fault_lines(info)
     return lines + _reason_lines(info, ownership)
+
+
+def recovery_lines(info: Mapping[str, Any]) -> list[str]:
+    """Where a paused destination waits, and what is to be done at the source."""
+    addresses = [format_address(address) for address in info.get("socket-address", ())]
+    if not addresses:
+        return ["The source has no address to come to. Next: 'migratectl recover URI' here"]
+    lines = [f"Waiting for the source at {address}" for address in addresses]
+    if re.match(r"tcp:(0\.0\.0\.0|\[::\]):", addresses[0]):
+        port = addresses[0].rpartition(":")[2]
+        return [*lines, _row("next step", f"at the source: `migratectl recover tcp:THIS-HOST:{port}`")]
+    return [*lines, _row("next step", f"at the source: `migratectl recover {addresses[0]}`")]
 
 
 def format_address(address: Mapping[str, Any]) -> str:
@@ -161,6 +181,20 @@ def _reason_lines(info: Mapping[str, Any], ownership: Mapping[str, Any]) -> list
     """Why it failed, without the next step, which has a line of its own."""
     reason = str(info.get("error-desc") or "").removesuffix(f". Next: {ownership.get('next-step')}")
     return [_row("reason", reason)] if reason else []
+
+
+def _fault_lines(info: Mapping[str, Any]) -> list[str]:
+    """What postcopy has cost, where there was one."""
+    lines = [_row("faults", describe_faults(info["x-migrated-faults"]))] if "x-migrated-faults" in info else []
+    blocktime = describe_blocktime(info)
+    return [*lines, _row("blocked", blocktime)] if blocktime else lines
+
+
+def not_needed_lines(info: Mapping[str, Any], code: ExitCode, *, wanted: bool) -> list[str]:
+    """Say that a postcopy which was asked for did not take place. A QEMU's faults are not known."""
+    if not wanted or code is not ExitCode.DONE or "x-migrated-faults" in info or "x-migrated-passes" not in info:
+        return []
+    return [_row("postcopy", "not needed: what was left fitted the downtime limit")]
 
 
 def _outcome(info: Mapping[str, Any], code: ExitCode) -> str:

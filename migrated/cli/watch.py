@@ -1,19 +1,20 @@
 """Waiting for a migration to end, with something to look at.
 
 The rule of the file: it never changes how the daemon works. It polls, woken early by whatever event comes anyway;
-the only command it sends is the cancel that the operator asked for with Ctrl-C.
+the only commands it sends are those that the operator asked for: the cancel of Ctrl-C, and an `Errand`'s.
 """
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from migrated.cli.display import Display
 from migrated.cli.exit_code import ExitCode, exit_code_of
+from migrated.cli.postcopy import Reconnect, is_postcopy, pause_note
 from migrated.cli.progress import read_progress
 from migrated.control.client import QmpClient
 from migrated.errors import CommandError
@@ -62,13 +63,28 @@ def wait_for_load(
         client.next_event(POLL_S)
 
 
-def wait_for_end(client: QmpClient, display: Display, interrupts: Interrupts) -> tuple[ExitCode, dict[str, Any]]:
+class Errand(Protocol):
+    """Something to be done at the right moment of a migration."""
+
+    @property
+    def poll_s(self) -> float | None:
+        """How soon to look again; None: no sooner than anybody else needs."""
+        ...
+
+    def look(self, info: Mapping[str, Any], note: Callable[[str], None]) -> None:
+        """Act on query-migrate's answer."""
+        ...
+
+
+def wait_for_end(
+    client: QmpClient, display: Display, interrupts: Interrupts, errand: Errand | None = None
+) -> tuple[ExitCode, dict[str, Any]]:
     """Poll until the migration is over, or the operator leaves; return the verdict and query-migrate's last answer.
 
-    The first Ctrl-C cancels the migration and goes on waiting, for a cancel may come too late; the second leaves.
-    Raises ChannelError when the daemon is lost.
+    The first Ctrl-C cancels the migration and goes on waiting, for a cancel may come too late; the second leaves. In
+    postcopy nothing can be cancelled: the first one leaves. Raises ChannelError when the daemon is lost.
     """
-    seen = Seen(display)
+    seen = Seen(display, knows_of_pause=isinstance(errand, Reconnect))
     cancelled = False
     while True:
         info = client.execute("query-migrate")
@@ -76,19 +92,22 @@ def wait_for_end(client: QmpClient, display: Display, interrupts: Interrupts) ->
         seen.say_what_is_new(info)
         if (code := exit_code_of(info)) is not None:
             return code, info
-        if interrupts.count > 1:
+        if interrupts.count > 1 or (interrupts.count and is_postcopy(info)):
             return ExitCode.INTERRUPTED, info
         if interrupts.count and not cancelled:
             cancelled = True
             _cancel(client, display)
-        client.next_event(POLL_S)
+        if errand is not None:
+            errand.look(info, display.note)
+        client.next_event((errand.poll_s if errand else None) or POLL_S)
 
 
 class Seen:
     """Remarks that are made once, not at every poll."""
 
-    def __init__(self, display: Display) -> None:
+    def __init__(self, display: Display, *, knows_of_pause: bool = False) -> None:
         self._display = display
+        self._knows_of_pause = knows_of_pause
         self._said: set[str] = set()
 
     def say_what_is_new(self, info: dict[str, Any]) -> None:
@@ -99,6 +118,25 @@ class Seen:
             self._said.discard("convergence")
         if progress.status == "pre-switchover":
             self._once("pause", "Paused before the switchover, the machine is stopped: 'migratectl continue' goes on")
+        self._say_how_postcopy_goes(info)
+
+    def _say_how_postcopy_goes(self, info: dict[str, Any]) -> None:
+        match info.get("status"):
+            case "postcopy-active" if "paused" in self._said:
+                self._said = {topic for topic in self._said if not topic.startswith("paused")}
+                self._display.note("Connected again; the rest of the memory follows")
+            case "postcopy-active":
+                where = info.get("x-migrated-peer", {}).get("address") or "the destination"
+                self._once("postcopy", f"The machine is at {where} now, and its memory follows: no way back")
+            case "postcopy-paused":
+                reason = info.get("error-desc")
+                first = "paused" not in self._said
+                self._said.add("paused")
+                if first and self._knows_of_pause:
+                    self._said.add(f"paused: {reason}")
+                self._once(f"paused: {reason}", pause_note(info) if first else f"Still paused: {reason}")
+            case _:
+                return
 
     def _once(self, topic: str, text: str) -> None:
         if topic not in self._said:

@@ -42,6 +42,7 @@ class Site:
         incoming: str = "tcp:127.0.0.1:0",
         config: str = "",
         module: str = "migrated.demo.walker",
+        program: Sequence[str] = (),
         walker_arguments: Sequence[str] = (),
     ) -> None:
         self.name = name
@@ -51,7 +52,7 @@ class Site:
         self._seed = seed
         self._incoming = incoming
         self._extra_config = config
-        self._module = module
+        self._program = tuple(program) or ((sys.executable, "-m", module) if module else ())
         self._walker_arguments = walker_arguments
         self._stack = ExitStack()
         self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
@@ -63,7 +64,7 @@ class Site:
             self._write_config()
             self.daemon = self._start_daemon()
             self.qmp = self._stack.enter_context(wait_for(self._connect, f"daemon {self.name}", self.log_tail))
-            if self._module:
+            if self._program:
                 self.start_walker()
         except BaseException:
             self._stack.close()
@@ -143,13 +144,7 @@ class Site:
             )  # fmt: skip
 
     def _spawn_walker(self) -> subprocess.Popen[str]:
-        command = [
-            sys.executable,
-            "-m",
-            self._module,
-            "--attach",
-            str(self.directory / "run" / "attach.sock"),
-        ]
+        command = [*self._program, "--attach", str(self.directory / "run" / "attach.sock")]
         command += ["--ram", str(self._ram_bytes), "--seed", str(self._seed), "--name", f"walker-{self.name}"]
         command += self._walker_arguments
         walker = self._own(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))

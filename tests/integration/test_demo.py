@@ -61,6 +61,20 @@ def test_as_whoever_runs_the_tests() -> None:
     assert "Everything checked: nothing was lost." in done.stdout
 
 
+def test_for_programs() -> None:
+    done = run([sys.executable, *DEMO, "--json"], ordinary=False)
+    assert done.returncode == 0, done
+    found = json.loads(done.stdout)
+    if os.geteuid() != 0 and "postcopy" not in found:
+        pytest.skip("this user's userfaultfd does not wait for system calls")
+    there, back = found["precopy"], found["postcopy"]
+    assert there["verified"]
+    assert back["verified"]
+    assert back["faults"] > 0
+    assert 0 < back["fault_p50_us"] <= back["fault_p99_us"]
+    assert {"total_ms", "downtime_ms", "ram_bytes", "transferred_bytes", "passes"} <= there.keys() & back.keys()
+
+
 def test_as_an_ordinary_user_without_a_home(python: str) -> None:
     done = run([python, *DEMO])
     assert done.returncode == 0, done
