@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from migrated.demo.site import Site
+from tests.support.pager import PagerSite, compile_pager, pager_site
 
 MIB = 1 << 20
 
 MakeSite = Callable[..., Site]
+MakePager = Callable[..., PagerSite]
 
 
 @pytest.fixture
@@ -34,3 +36,20 @@ def pair(make_site: MakeSite) -> tuple[Site, Site]:
     a.qmp.execute("cont")
     a.wait_event("running")
     return a, b
+
+
+@pytest.fixture(scope="session")
+def pager_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The multi-threaded workload, compiled once."""
+    return compile_pager(tmp_path_factory.mktemp("pager"))
+
+
+@pytest.fixture
+def make_pager(pager_program: Path, tmp_path: Path) -> Iterator[MakePager]:
+    """Return a function that starts a daemon with a pager; everything ends with the test."""
+    with ExitStack() as stack:
+
+        def make(name: str, **options: Any) -> PagerSite:
+            return stack.enter_context(pager_site(pager_program, name, tmp_path, **options))
+
+        yield make

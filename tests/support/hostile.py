@@ -114,21 +114,58 @@ def _command_cases() -> Iterator[Case]:
     yield after_lead("command 0", craft.command(0), "MIG_CMD 0x0 unknown (len 0x0)")
     yield after_lead("command 99", craft.command(99, b"abc"), "MIG_CMD 0x63 unknown (len 0x3)")
     yield after_lead("long ping", craft.command(craft.PING, bytes(8)), "PING received with bad length", "expecting 4")
-    for number, name, payload in (
-        (3, "POSTCOPY_ADVISE", craft.number(PAGE, 8) * 2),
-        (3, "POSTCOPY_ADVISE", b""),
-        (4, "POSTCOPY_LISTEN", b""),
-        (5, "POSTCOPY_RUN", b""),
-        (6, "POSTCOPY_RAM_DISCARD", b"\0" + craft.name("mem0") + b"\0" + craft.number(PAGE, 8) * 2),
-        (7, "PACKAGED", craft.number(HUGE32, 4)),
-        (8, "ENABLE_COLO", b""),
-        (9, "POSTCOPY_RESUME", b""),
-        (10, "RECV_BITMAP", craft.name("mem0")),
-        (11, "SWITCHOVER_START", b""),
+    for number, name in ((8, "ENABLE_COLO"), (11, "SWITCHOVER_START")):
+        yield after_lead(name, craft.command(number), f"command {name} is not implemented", f"found {name}")
+
+
+def _postcopy_cases() -> Iterator[Case]:
+    def discard(block: str = "mem0", start: int = 0, length: int = PAGE, version: int = 0, end: int = 0) -> bytes:
+        ranges = craft.number(start, 8) + craft.number(length, 8)
+        return craft.command(6, bytes([version]) + craft.name(block) + bytes([end]) + ranges)
+
+    def advise(*sizes: int) -> bytes:
+        return craft.command(3, b"".join(craft.number(size, 8) for size in sizes))
+
+    def packaged(content: bytes) -> bytes:
+        return craft.command(7, craft.number(len(content), 4)) + content
+
+    good, listen, run = advise(PAGE, PAGE), craft.command(4), craft.command(5)
+    wrong = "in wrong postcopy state"
+    yield after_lead("advise of nothing", advise(), "RAM postcopy is enabled but have 0 byte advise")
+    yield after_lead("short advise", advise(PAGE), "CMD_POSTCOPY_ADVISE invalid length (8)")
+    sizes = "Postcopy needs matching RAM page sizes (s=201000 d=1000)"
+    yield after_lead("advise of huge pages", advise(0x201000, PAGE), sizes)
+    sizes = "Postcopy needs matching target page sizes (s=8192 d=4096)"
+    yield after_lead("advise of other pages", advise(PAGE, 2 * PAGE), sizes)
+    yield after_lead("advise twice", good + good, f"CMD_POSTCOPY_ADVISE {wrong} (1)", "expected NONE", "found ADVISE")
+    yield after_lead("discard unadvised", discard(), f"CMD_POSTCOPY_RAM_DISCARD {wrong} (0)")
+    yield after_lead("listen unadvised", listen, f"CMD_POSTCOPY_LISTEN {wrong} (0)", "expected ADVISE or DISCARD")
+    yield after_lead("run unadvised", run, f"CMD_POSTCOPY_RUN {wrong} (0)", "expected LISTENING")
+    yield after_lead("listen in the middle", WHOLE_RAM + listen, f"CMD_POSTCOPY_LISTEN {wrong} (0)")
+    for name, command, *says in (
+        ("unknown block", discard("ghost"), "Can't find block ghost"),
+        ("odd range", discard(start=1), "discard of a wrong range", "whole pages below 0x10000"),
+        ("beyond", discard(start=16 * PAGE), "discard of a wrong range", "found 0x1000 bytes from 0x10000"),
+        ("2^63", discard(start=HUGE63, length=HUGE63), "discard of a wrong range"),
+        ("version", discard(version=1), "CMD_POSTCOPY_RAM_DISCARD invalid version (1)"),
+        ("no nil", discard(end=7), "CMD_POSTCOPY_RAM_DISCARD missing nil (7)"),
+        ("short", craft.command(6, bytes(5)), "CMD_POSTCOPY_RAM_DISCARD invalid length (5)"),
     ):
-        says = f"command {name} is not implemented", "expected a precopy stream", f"found {name}"
-        yield after_lead(f"{name}, {len(payload)} bytes", craft.command(number, payload), *says)
-    yield after_lead("postcopy in the middle", WHOLE_RAM + craft.command(4), "POSTCOPY_LISTEN is not implemented")
+        yield after_lead(f"discard, {name}", good + RAM + command, *says)
+    huge = craft.command(7, craft.number(HUGE32, 4))
+    yield after_lead("package of 4 GiB", huge, f"Unreasonably large packaged state: {HUGE32}", "at most 268435456")
+    yield after_lead("package, cut", craft.command(7, craft.number(100, 4)) + bytes(50), "the stream ends too early")
+    lead = good + RAM + discard()
+    yield after_lead("package, empty", lead + packaged(b""), "the stream ends too early")
+    yield after_lead("package without LISTEN", lead + packaged(run), f"CMD_POSTCOPY_RUN {wrong} (2)")
+    yield after_lead("package without RUN", lead + packaged(listen), "the stream ends too early")
+    yield after_lead("package with LISTEN twice", lead + packaged(listen * 2), f"CMD_POSTCOPY_LISTEN {wrong} (3)")
+    # The main connection is read beside the package from LISTEN on: its end is noticed first.
+    unknown = packaged(listen + craft.full("e1000", bytes(4)) + run)
+    yield after_lead("package, unknown device", lead + unknown, "the stream ends too early")
+    outside = "expected status postcopy-recover", "found active"
+    yield after_lead("resume", craft.command(9), "POSTCOPY_RESUME outside a recovery", *outside)
+    yield after_lead("bitmap", craft.command(10, craft.name("mem0")), "RECV_BITMAP outside a recovery", *outside)
 
 
 def _element_cases() -> Iterator[Case]:
@@ -245,6 +282,7 @@ CASES = [
     *_head_cases(),
     *_configuration_cases(),
     *_command_cases(),
+    *_postcopy_cases(),
     *_element_cases(),
     *_block_cases(),
     *_page_cases(),

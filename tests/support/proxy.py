@@ -27,7 +27,11 @@ class Direction:
     """cut (RST both ways) | stall (pass nothing more) | swallow (read on, deliver nothing)"""
     flip_at: int | None = None
     """Flip a bit of the byte at this offset."""
+    cut_before: bytes | None = None
+    """Cut where these bytes would pass (in one piece), once."""
     hit: threading.Event = field(default_factory=threading.Event)
+    kept: bytearray | None = None
+    """Set to an empty one to keep a copy of what is read here."""
 
     @property
     def stalled(self) -> bool:
@@ -37,8 +41,9 @@ class Direction:
 class Proxy:
     """Accepts any number of connections, one at a time, and passes them on to ``target``."""
 
-    def __init__(self, target: tuple[str, int]) -> None:
-        self._target = target
+    def __init__(self, target: tuple[str, int] | str) -> None:
+        self.target = target
+        """Where the next connection goes: host and port, or the path of a Unix socket."""
         self.forward = Direction()
         self.backward = Direction()
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -56,6 +61,11 @@ class Proxy:
         """Reset the present connection in both directions."""
         self._cut.set()
         self._wake_w.send(b"x")
+
+    def take_forward(self) -> bytes:
+        """Return what was kept of the forward direction, and keep from here on."""
+        kept, self.forward.kept = self.forward.kept or bytearray(), bytearray()
+        return bytes(kept)
 
     def resume(self) -> None:
         """Let go on what stalled at its limit."""
@@ -84,7 +94,7 @@ class Proxy:
                 continue
             client, _ = self._listener.accept()
             try:
-                server = socket.create_connection(self._target)
+                server = _connect(self.target)
             except OSError:
                 _reset(client)
                 continue
@@ -126,10 +136,17 @@ class Proxy:
             except OSError:
                 return "cut"
             return "end"
+        if way.kept is not None:
+            way.kept += data
         if way.flip_at is not None and way.passed <= way.flip_at < way.passed + len(data):
             changed = bytearray(data)
             changed[way.flip_at - way.passed] ^= 0x10
             data = bytes(changed)
+        if way.cut_before is not None and (at := data.find(way.cut_before)) >= 0:
+            way.cut_before = None
+            to.sendall(data[:at])
+            way.hit.set()
+            return "cut"
         start, way.passed = way.passed, way.passed + len(data)
         if way.limit is not None and way.passed >= way.limit:
             way.hit.set()
@@ -142,6 +159,18 @@ class Proxy:
         if way.limit is not None and way.passed >= way.limit and way.at_limit != "swallow":
             return way.at_limit
         return "go"
+
+
+def _connect(target: tuple[str, int] | str) -> socket.socket:
+    if not isinstance(target, str):
+        return socket.create_connection(target)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.connect(target)
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 def _reset(sock: socket.socket) -> None:
