@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.interop.conftest import SIZE, content
-from tests.support.dissect import Dissection, dissect
+from tests.support.dissect import Dissection, dissect, dissect_postcopy
 from tests.support.holding_site import HoldingSite, MakeSite
+from tests.support.proxy import Proxy
 from tests.support.qemu import BLOCK, MakeQemu
 from tests.unit.wire.captures import CONTENT, PAGES, STREAM, UUID
 
@@ -105,3 +107,27 @@ def test_a_daemon_loads_a_qemus_file(make_site: MakeSite, tmp_path: Path) -> Non
     expected = b"".join(CONTENT.get(page, bytes(4096)) for page in range(PAGES))
     assert site.peek(BLOCK) == expected == found.memory[BLOCK]
     assert site.run_state() == "prelaunch"
+
+
+def test_a_postcopy_between_two_daemons_with_devices(make_site: MakeSite) -> None:
+    every: dict[str, Any] = {"blocks": {BLOCK: SIZE, "vram": 64 << 10}, "devices": {"disk": len(DISK), "empty": 0}}
+    source, target = make_site("source", incoming=None, **every), make_site("target", **every)
+    source.wait_event("running")
+    source.poke(BLOCK, 0, content(1))
+    state = source.device("disk")
+    for site in (source, target):
+        site.capability("postcopy-ram")
+    source.parameter("downtime-limit", 1)
+    source.parameter("max-bandwidth", SIZE // 64)
+    with Proxy(("127.0.0.1", target.port)) as link:
+        link.forward.kept = bytearray()
+        source.qmp.execute("migrate", {"uri": link.uri})
+        source.qmp.execute("migrate-start-postcopy")
+        source.wait_status("completed")
+        found = dissect_postcopy(link.take_forward())
+    assert found.memory == {BLOCK: content(1), "vram": bytes(64 << 10)}
+    assert found.missing() == {}
+    bodies = {section.idstr: section.body for section in found.devices()}
+    assert list(bodies) == ["globalstate", "disk", "empty"]
+    assert bodies["disk"] == len(state).to_bytes(4, "big") + state
+    assert target.peek(BLOCK) == content(1)

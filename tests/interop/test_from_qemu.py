@@ -128,14 +128,6 @@ def test_a_missing_device_is_refused(source: Qemu, make_site: MakeSite) -> None:
     assert site.run_state() == "inmigrate"
 
 
-def test_postcopy_is_refused_by_name(source: Qemu, make_site: MakeSite) -> None:
-    source.capability("postcopy-ram")
-    site = make_site("site")
-    source.migrate(site.address, ("failed",))
-    assert_runs_on(source)
-    assert "POSTCOPY_ADVISE is not implemented" in site.wait_status("failed")["error-desc"]
-
-
 @pytest.fixture
 def held(source: Qemu, make_site: MakeSite) -> Iterator[tuple[HoldingSite, Proxy]]:
     """A site that has everything and has sent SHUT 0, which did not get through yet."""

@@ -56,8 +56,11 @@ async def test_a_migration_with_its_events(client: QMPClient, tmp_path: Path) ->
     with client.listener(("STOP", "MIGRATION_PASS")) as events:
         await client.execute("migrate", {"uri": f"file:{tmp_path}/capture"})
         assert await follow == ["setup", "active", "completed"]
-        others = [(await events.get())["event"] for _ in range(3)]
-    assert others == ["MIGRATION_PASS", "STOP", "MIGRATION_PASS"]
+        others = [(await events.get())["event"]]
+        while others[-2:] != ["STOP", "MIGRATION_PASS"]:
+            others.append((await events.get())["event"])
+    assert others.count("STOP") == 1
+    assert others[0] == "MIGRATION_PASS"
     figures = await client.execute("query-migrate")
     assert isinstance(figures, dict)
     assert figures["status"] == "completed"

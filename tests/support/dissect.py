@@ -4,6 +4,11 @@ The rule of the file: written from the description of the format and nothing els
 plain and slow, and strict: whatever is not exactly as described is a `BadStreamError` with the offset.
 
     QEVM, version 3, CONFIGURATION, [ COMMAND ]*, [ section, footer ]*, EOF, VMDESCRIPTION, and nothing behind it
+
+A postcopy has no description, the devices in a PACKAGED command, and may go on over further connections:
+
+    ... ADVISE, START, PARTs, RAM_DISCARDs, PACKAGED{ LISTEN, FULLs, PING, RUN }, PARTs, END, EOF, and nothing behind it
+    RECV_BITMAP of each block, POSTCOPY_RESUME, PARTs, END, EOF
 """
 
 from __future__ import annotations
@@ -14,12 +19,18 @@ from typing import Any
 
 PAGE = 4096
 KINDS = {1: "START", 2: "PART", 3: "END", 4: "FULL"}
+#: Commands.
+PING, ADVISE, LISTEN, RUN, DISCARD, PACKAGED, RESUME, RECV_BITMAP = 2, 3, 4, 5, 6, 7, 9, 10
 #: Bits of a page record's first word.
 ZERO, MEM_SIZE, WHOLE, EOS, CONTINUE = 0x02, 0x04, 0x08, 0x10, 0x20
 
 
 class BadStreamError(Exception):
     """The stream is not as described."""
+
+
+class CutStreamError(BadStreamError):
+    """The stream ends in the middle."""
 
 
 @dataclass
@@ -50,6 +61,10 @@ class Dissection:
     description_length: int = 0
     borders: list[int] = field(default_factory=list)
     """Offsets at which an element begins."""
+    discarded: dict[str, set[int]] = field(default_factory=dict)
+    """Postcopy: the pages that the destination was told to drop."""
+    early: dict[str, set[int]] = field(default_factory=dict)
+    """Postcopy: the pages that came before the package, and stayed."""
 
     def devices(self) -> list[Section]:
         """Return the FULL sections."""
@@ -66,16 +81,22 @@ def dissect(stream: bytes) -> Dissection:
     return _Dissector(stream).run()
 
 
+def dissect_postcopy(stream: bytes, *resumed: bytes) -> Dissection:
+    """Read a whole postcopy: one connection that ends in order, or several, of which all but the last were cut."""
+    return _PostcopyDissector(stream).run_all(*resumed)
+
+
 class _Dissector:
     def __init__(self, stream: bytes) -> None:
         self._stream = stream
         self._at = 0
         self._block = ""
         self._known: dict[int, Section] = {}
-        self._sizes = _device_sizes(stream)
+        self._sizes: dict[tuple[str, int], int] = {}
         self.found = Dissection()
 
     def run(self) -> Dissection:
+        self._sizes = _device_sizes(self._stream)
         self._preamble()
         while (kind := self._element()) != 0:
             if kind == 8:
@@ -97,7 +118,7 @@ class _Dissector:
     def _take(self, count: int) -> bytes:
         data = self._stream[self._at : self._at + count]
         if len(data) < count:
-            raise self._bad(f"the stream ends: {count} bytes wanted, {len(data)} there")
+            raise CutStreamError(f"the stream ends: {count} bytes wanted, {len(data)} there (offset {self._at:#x})")
         self._at += count
         return data
 
@@ -233,6 +254,128 @@ class _Dissector:
         live = {s.number for s in self.found.sections if s.kind == "START"}
         if live != {s.number for s in self.found.sections if s.kind == "END"}:
             raise self._bad("a live section has no end")
+
+
+class _PostcopyDissector(_Dissector):
+    """Beside a stream of its own format: after the package no page comes twice over one connection."""
+
+    def __init__(self, stream: bytes) -> None:
+        super().__init__(stream)
+        self._advised = self._listening = self._ran = self._ended = False
+        self._here: dict[str, set[int]] = {}
+
+    def run_all(self, *resumed: bytes) -> Dissection:
+        self._preamble()
+        for following in resumed:
+            try:
+                self._elements()
+            except CutStreamError:
+                self._next(following)
+            else:
+                raise self._bad("a whole stream, and yet another connection")
+        self._elements()
+        if self._at != len(self._stream):
+            raise self._bad(f"{len(self._stream) - self._at} bytes behind the end")
+        if not self._ran or not self._ended:
+            raise self._bad("the end without a package, or without an END of ram")
+        return self.found
+
+    def _next(self, stream: bytes) -> None:
+        """Go on with another connection, which begins with questions: nobody remembers the last block."""
+        self._stream, self._at, self._block = stream, 0, ""
+        self._here = {name: set() for name in self.found.blocks}
+        asked = set()
+        for _ in self.found.blocks:
+            number, payload = self._command()
+            if number != RECV_BITMAP or payload[0] != len(payload) - 1:
+                raise self._bad(f"command {number} where a block's bitmap should be asked for")
+            asked.add(payload[1:].decode())
+        if asked != set(self.found.blocks) or self._command() != (RESUME, b""):
+            raise self._bad(f"asked for {sorted(asked)}, or no POSTCOPY_RESUME behind that")
+
+    def _command(self) -> tuple[int, bytes]:
+        if self._element() != 8:
+            raise self._bad("no command")
+        self.found.commands.append((self._number(2), self._take(self._number(2))))
+        return self.found.commands[-1]
+
+    def _elements(self) -> None:
+        while (kind := self._element()) != 0:
+            if kind == 8:
+                self.found.commands.append((self._number(2), self._take(self._number(2))))
+                self._obey(*self.found.commands[-1])
+            elif kind in KINDS:
+                before = len(self.found.sections)
+                self._section(KINDS[kind])
+                self._check_section(self.found.sections[before])
+            else:
+                raise self._bad(f"no element has the type {kind}")
+
+    def _check_section(self, section: Section) -> None:
+        if (section.idstr == "ram") == (self._listening and not self._ran) or self._ended:
+            raise self._bad(f"{section.kind} of {section.idstr} at this place")
+        self._ended = section.kind == "END"
+        if self._ended and not self._ran:
+            raise self._bad("END before the package")
+
+    def _obey(self, number: int, payload: bytes) -> None:
+        if number == ADVISE:
+            if self._advised or self.found.blocks or payload != PAGE.to_bytes(8, "big") * 2:
+                raise self._bad("a second ADVISE, a late one, or one of other page sizes")
+            self._advised = True
+        elif number == DISCARD:
+            self._discard(payload)
+        elif number == PACKAGED:
+            self._package(int.from_bytes(payload, "big"))
+        elif number != PING and self._advised:
+            raise self._bad(f"command {number} at this place")
+
+    def _discard(self, payload: bytes) -> None:
+        name_end = 2 + payload[1]
+        block, ranges = payload[2:name_end].decode(), payload[name_end + 1 :]
+        if payload[0] or payload[name_end] or len(ranges) % 16 or len(ranges) > 12 * 16 or self._listening:
+            raise self._bad("a discard that is late, or not version 0, a block, NUL and at most 12 ranges")
+        for at in range(0, len(ranges), 16):
+            start, length = (int.from_bytes(ranges[at + i : at + i + 8], "big") for i in (0, 8))
+            if start % PAGE or length % PAGE or start + length > self.found.blocks[block]:
+                raise self._bad(f"discard of {length:#x} bytes from {start:#x} of block {block}")
+            pages = range(start // PAGE, (start + length) // PAGE)
+            self.found.discarded.setdefault(block, set()).update(pages)
+            self.found.seen[block].difference_update(pages)
+
+    def _package(self, size: int) -> None:
+        if not self.found.discarded or self._ran:
+            raise self._bad("a package without a discard before it, or a second one")
+        self.found.early = {name: set(pages) for name, pages in self.found.seen.items()}
+        self._here = {name: set(pages) for name, pages in self.found.seen.items()}
+        end = self._at + size
+        self._listening = True
+        if self._command() != (LISTEN, b""):
+            raise self._bad("a package begins with LISTEN")
+        while self._stream[self._at : self._at + 1] == b"\x04":
+            self._element()
+            before = len(self.found.sections)
+            self._section("FULL")
+            self._check_section(self.found.sections[before])
+        if self._command()[0] != PING or self._command() != (RUN, b"") or self._at != end:
+            raise self._bad("a package ends with PING and RUN")
+        self._ran = True
+
+    def _size_of(self, section: Section) -> int:
+        """Find a body's end: its footer, and the next section or command behind it. Nobody describes it here."""
+        footer, at = b"\x7e" + section.number.to_bytes(4, "big"), self._at
+        while (at := self._stream.find(footer, at)) >= 0:
+            if self._stream[at + 5] in (4, 8):
+                return at - self._at
+            at += 1
+        raise self._bad(f"no end of {section.idstr}")
+
+    def _page(self, offset: int, flags: int) -> None:
+        super()._page(offset, flags)
+        if self._listening:
+            if offset // PAGE in self._here[self._block]:
+                raise self._bad(f"page {offset:#x} of block {self._block} comes once more: a QEMU exits on that")
+            self._here[self._block].add(offset // PAGE)
 
 
 def _device_sizes(stream: bytes) -> dict[tuple[str, int], int]:

@@ -5,7 +5,8 @@ The rule of the file: an ordinary client of `migrated.client`; it touches its me
 Run: ``python -m tests.support.holder --attach SOCKET --block mem0:65536 --device disk:16``. Events are JSON lines on
 stdout (``ready``, ``running``, ``moved``, ``loaded``), commands are JSON lines on stdin, each answered by one event:
 
-    {"do": "hash"|"peek", "block": NAME}      {"do": "poke", "block": NAME, "offset": N, "hex": BYTES}
+    {"do": "hash", "block": NAME}             {"do": "peek", "block": NAME, "offset": N, "length": N}
+                                              {"do": "poke", "block": NAME, "offset": N, "hex": BYTES}
     {"do": "state", "device": NAME}           {"do": "quit"}
 """
 
@@ -86,7 +87,9 @@ class Holder:
             case "hash":
                 return {"hash": hashlib.sha256(self._blocks[command["block"]]).hexdigest()}
             case "peek":
-                return {"hex": self._blocks[command["block"]].hex()}
+                start = command.get("offset", 0)
+                end = start + command["length"] if "length" in command else None
+                return {"hex": self._blocks[command["block"]][start:end].hex()}
             case "poke":
                 data = bytes.fromhex(command["hex"])
                 offset = command["offset"]

@@ -194,10 +194,17 @@ class HoldingSite:
 
     def do(self, what: str, **arguments: Any) -> dict[str, Any]:
         """Let the holder do something."""
+        self.begin(what, **arguments)
+        return self.wait_event("did")
+
+    def begin(self, what: str, **arguments: Any) -> None:
+        """Let the holder do something that may take its time; it tells ``did`` then."""
         assert self.holder.stdin is not None
         self.holder.stdin.write(json.dumps({"do": what, **arguments}) + "\n")
         self.holder.stdin.flush()
-        return self.wait_event("did")
+
+    def capability(self, name: str, *, state: bool = True) -> None:
+        self.qmp.execute("migrate-set-capabilities", {"capabilities": [{"capability": name, "state": state}]})
 
     def peek(self, block: str) -> bytes:
         """Return what the holder sees in a block."""

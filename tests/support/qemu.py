@@ -1,5 +1,7 @@
 """A real QEMU without a machine (``-M none``), whose RAM is a file: an exact oracle of what was sent or received.
 
+A destination of postcopy has anonymous memory or a memfd instead (a userfaultfd takes no plain file), and `dump`.
+
 The rule of the file: whatever it starts it ends, by pid, also when the test fails; it is steered over QMP with the
 product's own client, and what a QEMU says before it exits (on stderr only) is kept for the error text.
 """
@@ -17,6 +19,7 @@ from typing import Any, Self
 from migrated.control.client import QmpClient
 from migrated.errors import ChannelClosed
 from tests.support.following import wait_until
+from tests.support.oob import OobClient
 
 PROGRAM = shutil.which("qemu-system-x86_64")
 BLOCK = "mem0"
@@ -26,7 +29,10 @@ ENDED = frozenset({"completed", "failed", "cancelled"})
 
 
 class Qemu:
-    """One ``-M none`` QEMU with one RAM block, `BLOCK`. ``ram`` is what the block holds at the start."""
+    """One ``-M none`` QEMU with one RAM block, `BLOCK`. ``ram`` is what the block holds at the start.
+
+    ``memory``: file (the only one that takes ``ram``) | memfd | anonymous | default (anonymous, and called "ram").
+    """
 
     def __init__(
         self,
@@ -37,6 +43,7 @@ class Qemu:
         ram: bytes | None = None,
         incoming: str = "",
         stopped: bool = False,
+        memory: str = "file",
         arguments: Sequence[str] = (),
     ) -> None:
         self.name = name
@@ -44,11 +51,14 @@ class Qemu:
         self.directory.mkdir()
         self.size = size
         self.ram_path = self.directory / "ram"
-        self.ram_path.write_bytes(ram if ram is not None else bytes(size))
+        if memory == "file":
+            self.ram_path.write_bytes(ram if ram is not None else bytes(size))
         self._socket = self.directory / "qmp.sock"
+        self._oob_socket = self.directory / "oob.sock"
         self._errors = self.directory / "stderr"
         self._incoming = incoming
         self._stopped = stopped
+        self._memory = memory
         self._arguments = list(arguments)
 
     def __enter__(self) -> Self:
@@ -66,13 +76,23 @@ class Qemu:
 
     def _command(self) -> list[str]:
         assert PROGRAM is not None
-        ram = f"memory-backend-file,id={BLOCK},size={self.size},mem-path={self.ram_path},share=on"
-        command = [PROGRAM, "-accel", "tcg", "-M", f"none,memory-backend={BLOCK}", "-m", f"size={self.size}B"]
-        command += ["-object", ram, "-nodefaults", "-display", "none"]
-        command += ["-qmp", f"unix:{self._socket},server=on,wait=off"]
+        command = [PROGRAM, "-accel", "tcg", "-m", f"size={self.size}B", *self._ram_arguments()]
+        command += ["-nodefaults", "-display", "none"]
+        for socket in (self._socket, self._oob_socket):
+            command += ["-qmp", f"unix:{socket},server=on,wait=off"]
         command += ["-S"] if self._stopped else []
         command += ["-incoming", self._incoming] if self._incoming else []
         return command + self._arguments
+
+    def _ram_arguments(self) -> list[str]:
+        if self._memory == "default":
+            return ["-M", "none"]
+        backend = {
+            "file": f"memory-backend-file,mem-path={self.ram_path},share=on",
+            "memfd": "memory-backend-memfd,share=on",
+            "anonymous": "memory-backend-ram",
+        }[self._memory]
+        return ["-M", f"none,memory-backend={BLOCK}", "-object", f"{backend},id={BLOCK},size={self.size}"]
 
     def _connect(self) -> QmpClient | None:
         assert self.process.poll() is None, f"QEMU {self.name} ended at once: {self.said()}"
@@ -94,6 +114,16 @@ class Qemu:
     def ram(self) -> bytes:
         """Return its memory as it is now."""
         return self.ram_path.read_bytes()
+
+    def dump(self) -> bytes:
+        """Return its memory as it sees it itself, whatever it is kept in."""
+        path = self.directory / "dump"
+        self.qmp.execute("pmemsave", {"val": 0, "size": self.size, "filename": str(path)})
+        return path.read_bytes()
+
+    def oob(self) -> OobClient:
+        """Return a connection that is answered also while this QEMU waits for a page."""
+        return self._stack.enter_context(OobClient(str(self._oob_socket)))
 
     def run_state(self) -> str:
         return str(self.qmp.execute("query-status")["status"])
