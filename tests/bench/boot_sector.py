@@ -24,8 +24,14 @@ CODE = bytes.fromhex(
 WORKING_SET_BYTES = 64 << 20
 ROUNDS_ADDRESS = 0x8000
 _FLOPPY_BYTES = 1440 << 10
+_BEGIN = 16 << 20
+_CMP_EDI = bytes.fromhex("81ff")
 
 
-def write_floppy(path: Path) -> None:
-    """Write a floppy image that boots into the walk."""
-    path.write_bytes((CODE.ljust(510, b"\0") + b"\x55\xaa").ljust(_FLOPPY_BYTES, b"\0"))
+def write_floppy(path: Path, working_set_bytes: int = WORKING_SET_BYTES) -> None:
+    """Write a floppy image that boots into a walk over that much memory, from 16 MiB on."""
+    end = _BEGIN + working_set_bytes
+    code = CODE.replace(
+        _CMP_EDI + (_BEGIN + WORKING_SET_BYTES).to_bytes(4, "little"), _CMP_EDI + end.to_bytes(4, "little")
+    )
+    path.write_bytes((code.ljust(510, b"\0") + b"\x55\xaa").ljust(_FLOPPY_BYTES, b"\0"))

@@ -89,7 +89,7 @@ def _qemu(bench: Bench, content: Path) -> dict[str, Any]:
                 bench.directory, "qemu-target", [*common, *qemu.backend_cold(RAM_BYTES), "-incoming", "defer"]
             ) as target,
         ):
-            _wait_walking(source)
+            wait_walking(source)
             rate = _rate(lambda: _guest_rounds(source))
             warm(RAM_BYTES)
             figures = qemu.migrate(source, target, LIMITS)
@@ -116,7 +116,8 @@ def _guest_rounds(source: QmpClient) -> int:
     return int(found[1], 16) if found else 0
 
 
-def _wait_walking(source: QmpClient) -> None:
+def wait_walking(source: QmpClient) -> None:
+    """Wait until the guest rewrites its working set."""
     deadline = time.monotonic() + DEADLINE_S
     first = _guest_rounds(source)
     while _guest_rounds(source) <= first + 10:
