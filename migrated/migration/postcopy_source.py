@@ -59,6 +59,7 @@ class PostcopySource:
         previous = self._host.machine.run_state
         try:
             async with self._host.lock:
+                previous = self._host.machine.run_state
                 await self._stop_and_package(link, previous, on_commit)
             async with asyncio.TaskGroup() as group:
                 # From here on: loading a device may touch memory that is still here.
