@@ -3,7 +3,7 @@
 The rule of the file: every wait for the peer has a deadline, which any progress renews; a clean end (0 from
 `receive_into`) and a reset (ChannelClosed) are never mixed up, because after a switchover they mean different things.
 
-Sizes: sends of up to 1 MiB and receives of up to 256 KiB were the fastest in Python and in C alike; fixed socket
+Sizes: sends of up to 1 MiB and receives of up to 512 KiB were the fastest here; fixed socket
 buffers never beat the kernel's own tuning, so none are set.
 """
 
@@ -24,7 +24,7 @@ Buffer = bytes | bytearray | memoryview
 #: How long a peer may take no byte, where nobody says otherwise (x-migrated-silence-timeout's default).
 SILENCE_TIMEOUT_S = 10.0
 SEND_MAX_BYTES = 1 << 20
-RECEIVE_MAX_BYTES = 256 << 10
+RECEIVE_MAX_BYTES = 512 << 10
 #: After this much without a wait, others get the loop: about a quarter of a millisecond of copying.
 TURN_BYTES = 1 << 20
 #: In postcopy, where somebody waits for a page behind all that: a thirtieth of a millisecond.
