@@ -259,7 +259,9 @@ class Migrator:
             match self._host.machine.run_state:
                 case RunState.RUNNING:
                     await self._host.machine.stop(RunState.PAUSED)
-                    await self._host.ownership.become(Hold.OWNER, run_state=RunState.PAUSED)
+                    # Whoever owns it goes on to: in postcopy, with memory that is not all here.
+                    ownership = self._host.ownership
+                    await ownership.become(ownership.record.hold, run_state=RunState.PAUSED)
                 case RunState.INMIGRATE:
                     self._autostart = False
                 case RunState.FINISH_MIGRATE if not self._host.ownership.outcome_unknown:

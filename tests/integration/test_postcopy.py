@@ -151,6 +151,7 @@ def test_an_operator_stops_and_continues_it_meanwhile(far: tuple[PagerSite, Page
     a, b = far
     b.qmp.execute("stop")
     assert run_state(b) == "paused"
+    assert b.qmp.execute("x-migrated-query-ownership")["record"] == "incomplete"
     with pytest.raises(CommandError, match="Migration is not finalized yet"):
         b.qmp.execute("cont")
     follow(a, b)
