@@ -50,7 +50,6 @@ STREAM_BEGIN = b"Q"
 #: How long, and how much, a refused source may go on sending before the connection is cut under it. Closing at once
 #: would reset the connection and could destroy the reason on its way.
 LINGER_S = 2.0
-PAGE_BITS = 12
 
 
 class IncomingMigration:

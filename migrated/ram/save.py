@@ -7,9 +7,6 @@ What is a hole in the memfd when the migration starts is announced as zero witho
 mapping allocates it). Write tracking is armed first, so a page that appears later is dirty, and every sync takes dirty
 pages out of the announced holes before they could overwrite newer content.
 
-Pages in long runs are read by ``preadv`` straight into their records (no fault, no page tables, the GIL is free);
-scattered ones are gathered from the daemon's mapping.
-
 Postcopy: from `begin_postcopy` on the machine runs at the other end. What is left in the bitmaps is sent once, what is
 requested first; before `begin_background` nothing else. Chunks are small then: what lies in the socket stands in front
 of the next urgent page.
@@ -46,8 +43,6 @@ CHUNK_BYTES = 1 << 20
 #: Zero records are 9 bytes, so a chunk holds many of them.
 ZERO_CHUNK_PAGES = 65536
 ZERO_RECORD_BYTES = 9
-#: From this mean run length on, reading by system call is faster than gathering from the mapping.
-LONG_RUN_PAGES = 8
 #: QEMU looks at the clock and leaves ram_save_iterate after 50 ms, so that other handlers get their turn.
 ITERATE_MAX_S = 0.050
 #: In postcopy: a loopback sends this in 50 us, a 10 Gbit/s link in 100 us.
