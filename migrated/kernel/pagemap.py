@@ -12,7 +12,9 @@ the start of the range out.
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import os
 import struct
 
 import numpy as np
@@ -34,6 +36,8 @@ PM_SCAN_WP_MATCHING = 1 << 0
 PM_SCAN_CHECK_WPASYNC = 1 << 1
 PAGE_IS_WRITTEN = 1 << 1
 
+#: One entry of the file itself.
+_ENTRY_BYTES = 8
 #: Entries of 24 bytes (start, end, categories): with 64 Ki of them 1 GiB of alternating pages takes two calls, and the
 #: buffer is never touched beyond what the kernel fills.
 VECTOR_ENTRIES = 65536
@@ -77,6 +81,7 @@ def _scan(pagemap: int, address: int, length: int, flags: int, buffer: NDArray[n
         if filled:
             parts.append((vector[:filled, :2].astype(np.int64) - address) // PAGE_SIZE)
         (position,) = _WALK_END.unpack_from(argument, _WALK_END_OFFSET)
+    _require_process(pagemap, address)
     if not parts:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     ranges = parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -95,3 +100,14 @@ def check_tracked(pagemap: int, address: int, length: int) -> None:
         fcntl.ioctl(pagemap, PAGEMAP_SCAN, bytearray(argument))
     except OSError as error:
         raise KernelError("PAGEMAP_SCAN", error.errno or 0) from error
+    _require_process(pagemap, address)
+
+
+def _require_process(pagemap: int, address: int) -> None:
+    """Raise KernelError ESRCH when the process is gone.
+
+    Not every kernel says so in a scan: some walk the empty memory map, and a machine that lost its last writes is
+    clean. An entry cannot be read where there is no page table.
+    """
+    if not os.pread(pagemap, _ENTRY_BYTES, address // PAGE_SIZE * _ENTRY_BYTES):
+        raise KernelError("PAGEMAP_SCAN", errno.ESRCH)
