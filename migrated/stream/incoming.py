@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar, cast
 
+import numpy as np
+
 from migrated.errors import (
     ChannelError,
     ChannelTimeout,
@@ -23,7 +25,7 @@ from migrated.errors import (
     SectionError,
     WorkloadError,
 )
-from migrated.transport.channel import Channel
+from migrated.transport.channel import Channel, SocketChannel
 from migrated.wire.primitives import parse_counted_string
 from migrated.wire.pull import Parser
 
@@ -46,6 +48,7 @@ class IncomingStream:
         self._silence_timeout_s = silence_timeout_s
         self._memory = bytearray(BUFFER_BYTES)
         self._view = memoryview(self._memory)
+        self._address: int = np.frombuffer(self._memory, np.uint8).__array_interface__["data"][0]
         self._start = 0
         self._end = 0
         self._consumed = 0
@@ -66,6 +69,11 @@ class IncomingStream:
     def peek(self) -> memoryview:
         """Return what has arrived and was not consumed. Valid until the next `fill`."""
         return self._view[self._start : self._end]
+
+    @property
+    def front_address(self) -> int:
+        """Where the first byte of `peek` lies in memory, for whoever hands it to the kernel."""
+        return self._address + self._start
 
     def consume(self, count: int) -> None:
         """Drop ``count`` bytes from the front of `peek`."""
@@ -128,6 +136,26 @@ class IncomingStream:
             self._start = self._end = 0
             count = await self._channel.receive_into(self._view, deadline_s=self.idle_timeout_s)
             self._take(count)
+
+    async def take_at_once(self, take: Callable[[memoryview], int]) -> None:
+        """Have ``take`` consume what arrives, where it arrives; return when it leaves something.
+
+        ``take`` gets what is buffered and returns how much of it is dealt with. Deadline and errors are those of
+        `wait_for_element`; what ``take`` raises is raised here.
+        """
+
+        def taken(count: int) -> bool:
+            self._start, self._end = 0, count
+            self.consume(take(self.peek()))
+            return self._start == self._end
+
+        self.consume(take(self.peek()))
+        while self._start == self._end:
+            if not isinstance(self._channel, SocketChannel):
+                await self.wait_for_element()
+                self.consume(take(self.peek()))
+            elif not await self._channel.receive_at_once(self._view, taken, deadline_s=self.idle_timeout_s):
+                self._take(0)
 
     async def read_exactly(self, count: int) -> bytes:
         """Return exactly ``count`` bytes (at most PIECE_MAX_BYTES)."""

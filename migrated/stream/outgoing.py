@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from migrated.errors import LocalProtocolError
 from migrated.model.stats import BandwidthMeter
-from migrated.transport.channel import Channel
+from migrated.transport.channel import Channel, SocketChannel
 from migrated.wire.command import Command, encode_command
 from migrated.wire.primitives import encode_counted_string
 from migrated.wire.section import (
@@ -60,6 +60,7 @@ class OutgoingStream:
         self._clock = clock
         self._buffer = bytearray()
         self._flushed = 0
+        self._sending = False
         self._open: SectionHeader | None = None
         self._body_start = 0
         self.full_sections: list[WrittenSection] = []
@@ -109,10 +110,27 @@ class OutgoingStream:
 
     async def _send(self, data: Buffer) -> None:
         view = memoryview(data).cast("B")
-        self._flushed += len(view)
-        self._meter.account(len(view))
-        self._on_sent(len(view))
-        await self._channel.send(view)
+        self._account(len(view))
+        self._sending = True
+        try:
+            await self._channel.send(view)
+        finally:
+            self._sending = False
+
+    def _account(self, count: int) -> None:
+        self._flushed += count
+        self._meter.account(count)
+        self._on_sent(count)
+
+    def send_now(self, data: Buffer) -> bool:
+        """Put ``data`` and send what goes without waiting; False where something is left for `drain`."""
+        if self._sending or self._buffer or not isinstance(self._channel, SocketChannel):
+            self.put_buffer(data)
+            return False
+        count = self._channel.send_now(data)
+        self._account(count)
+        self._buffer += data[count:]
+        return count == len(data)
 
     # -- elements ----------------------------------------------------------------------------------------------
 

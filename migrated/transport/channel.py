@@ -28,7 +28,7 @@ RECEIVE_MAX_BYTES = 512 << 10
 #: After this much without a wait, others get the loop: about a quarter of a millisecond of copying.
 TURN_BYTES = 1 << 20
 #: In postcopy, where somebody waits for a page behind all that: a thirtieth of a millisecond.
-SHORT_TURN_BYTES = 128 << 10
+SHORT_TURN_BYTES = 512 << 10
 
 #: Keepalive finds a dead host on an idle connection: 10 s + 4 probes 5 s apart.
 KEEPALIVE = (
@@ -174,6 +174,44 @@ class SocketChannel:
                 self.bytes_received += count
                 self._turn.moved(count)
                 return count
+
+    def send_now(self, data: Buffer) -> int:
+        """Send what goes without waiting, and return how much that was. Not while a `send` is under way.
+
+        Raises ChannelError.
+        """
+        try:
+            count = self._sock.send(data, socket.MSG_NOSIGNAL)
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError as error:
+            raise self._converted("write to", "sending", error) from error
+        self.bytes_sent += count
+        return count
+
+    async def receive_at_once(
+        self, view: memoryview, take: Callable[[int], bool], *, deadline_s: float | None = None
+    ) -> int:
+        """Receive into ``view`` over and over, as long as ``take(count)`` deals with what came; return what it left.
+
+        ``take`` is called where the bytes arrive, before any task has its turn. 0 and errors as of `receive_into`.
+        """
+        left = 0
+
+        def taken() -> bool:
+            nonlocal left
+            try:
+                count = self._sock.recv_into(view)
+            except (BlockingIOError, InterruptedError):
+                return True
+            except OSError as error:
+                raise self._converted("read from", "receiving", error) from error
+            self.bytes_received += count
+            left = count
+            return bool(count) and take(count)
+
+        await self._wait(lambda limit_s: self._readiness.readable(limit_s, taken), deadline_s, "receiving")
+        return left
 
     def take_short_turns(self) -> None:
         """Let others have their turn more often: what they do is more urgent than throughput."""

@@ -6,6 +6,9 @@ those drop descriptors (SCM_RIGHTS) and copy what passes through them.
 
 A descriptor stays registered with the loop after a wait, and is only taken out when it turns ready with nobody
 waiting: a receiver that keeps up then never pays for registering again.
+
+Waking a task costs more than receiving a page. A waiter that is in a hurry hands in ``take``, which is called from the
+loop's own callback, and goes on waiting as long as that deals with what there is.
 """
 
 from __future__ import annotations
@@ -25,27 +28,51 @@ class _Direction:
         self._remove = remove
         self._registered = False
         self._waiter: asyncio.Future[None] | None = None
+        self._take: Callable[[], bool] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._taken = False
 
-    async def wait(self, loop: asyncio.AbstractEventLoop, timeout_s: float | None) -> None:
+    async def wait(
+        self, loop: asyncio.AbstractEventLoop, timeout_s: float | None, take: Callable[[], bool] | None
+    ) -> None:
         if self._waiter is not None:
             raise RuntimeError("two tasks wait for the same direction of one descriptor")
         waiter = self._waiter = loop.create_future()
-        timer = None if timeout_s is None else loop.call_later(timeout_s, _expire, waiter, timeout_s)
+        self._take = take
+        if timeout_s is not None:
+            self._timer = loop.call_later(timeout_s, self._expire, loop, waiter, timeout_s)
         try:
             if not self._registered:
                 self._add(self._fd, self._ready)
                 self._registered = True
             await waiter
         finally:
-            self._waiter = None
-            if timer is not None:
-                timer.cancel()
+            self._waiter = self._take = None
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
 
     def _ready(self) -> None:
-        if self._waiter is None:
+        waiter = self._waiter
+        if waiter is None:
             self.forget()
-        elif not self._waiter.done():
-            self._waiter.set_result(None)
+        elif not waiter.done():
+            try:
+                self._taken = self._take is not None and self._take()
+            except Exception as error:  # noqa: BLE001 - the waiter's own callback: the waiter gets what it raises
+                waiter.set_exception(error)
+            else:
+                if not self._taken:
+                    waiter.set_result(None)
+
+    def _expire(self, loop: asyncio.AbstractEventLoop, waiter: asyncio.Future[None], timeout_s: float) -> None:
+        if waiter.done():
+            return
+        if self._taken:  # since the timer was set: that is no silence
+            self._taken = False
+            self._timer = loop.call_later(timeout_s, self._expire, loop, waiter, timeout_s)
+        else:
+            waiter.set_exception(TimeoutError(f"not ready within {timeout_s:g} s"))
 
     def forget(self) -> None:
         if self._registered:
@@ -57,11 +84,6 @@ class _Direction:
             self._waiter.set_exception(error)
 
 
-def _expire(waiter: asyncio.Future[None], timeout_s: float) -> None:
-    if not waiter.done():
-        waiter.set_exception(TimeoutError(f"not ready within {timeout_s:g} s"))
-
-
 class Readiness:
     """Both directions of one non-blocking descriptor, which stays owned by the caller."""
 
@@ -71,15 +93,19 @@ class Readiness:
         self._write = _Direction(fd, loop.add_writer, loop.remove_writer)
         self.closed = False
 
-    async def readable(self, timeout_s: float | None = None) -> None:
-        """Wait for bytes or the end. Raises TimeoutError, and ConnectionAbortedError once `close` was called."""
+    async def readable(self, timeout_s: float | None = None, take: Callable[[], bool] | None = None) -> None:
+        """Wait for bytes or the end. Raises TimeoutError, and ConnectionAbortedError once `close` was called.
+
+        With ``take``, until that returns False; it is called, in the loop's callback, each time there is something.
+        What it raises is raised here. The timeout is for silence: up to twice as long where something was taken.
+        """
         self._check_open()
-        await self._read.wait(self._loop, timeout_s)
+        await self._read.wait(self._loop, timeout_s, take)
 
     async def writable(self, timeout_s: float | None = None) -> None:
         """Wait for room or an error. Raises TimeoutError, and ConnectionAbortedError once `close` was called."""
         self._check_open()
-        await self._write.wait(self._loop, timeout_s)
+        await self._write.wait(self._loop, timeout_s, None)
 
     def _check_open(self) -> None:
         if self.closed:

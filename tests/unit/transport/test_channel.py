@@ -225,3 +225,100 @@ async def test_nothing_is_left_open() -> None:
     for _ in range(5):
         await use()
     assert open_fds() == before
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+async def test_what_is_taken_where_it_arrives_wakes_nobody(pair: Pair) -> None:
+    near, far = channels(pair())
+    view, taken = memoryview(bytearray(8)), bytearray()
+
+    def take(count: int) -> bool:
+        taken.extend(view[:count])
+        return not taken.endswith(b"!")
+
+    receiving = asyncio.create_task(near.receive_at_once(view, take))
+    for word in (b"one ", b"two ", b"three"):
+        before = len(taken)
+        await far.send(word)
+        await until(lambda before=before: len(taken) > before)  # type: ignore[misc]
+        assert not receiving.done()
+    await far.send(b"!")
+    assert await receiving == 1
+    assert bytes(taken) == b"one two three!"
+    assert near.bytes_received == len(taken)
+    # What was left is the caller's; the next receive begins behind it.
+    await far.send(b"next")
+    assert await receive_exactly(near, 4) == b"next"
+    await near.close()
+    await far.close()
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+async def test_ends_and_errors_of_taking_are_the_waiter_s(pair: Pair) -> None:
+    near, far = channels(pair())
+
+    def refuse(count: int) -> bool:
+        raise ValueError(f"{count} bytes too many")
+
+    await far.send(b"xy")
+    with pytest.raises(ValueError, match="2 bytes too many"):
+        await near.receive_at_once(memoryview(bytearray(8)), refuse)
+    with pytest.raises(ChannelTimeout, match=r"the peer sent nothing for 0\.02 s"):
+        await near.receive_at_once(memoryview(bytearray(8)), refuse, deadline_s=0.02)
+    far.shutdown_write()
+    assert await near.receive_at_once(memoryview(bytearray(8)), refuse) == 0
+    await near.close()
+    await far.close()
+
+
+async def test_a_reset_while_taking_is_channel_closed() -> None:
+    near, far = channels(tcp_pair())
+    far.abort()
+    with pytest.raises(ChannelClosed, match="Connection reset by peer"):
+        await near.receive_at_once(memoryview(bytearray(8)), bool)
+    await near.close()
+
+
+async def test_what_is_taken_renews_the_deadline() -> None:
+    near, far = channels(unix_pair())
+    view, taken = memoryview(bytearray(1)), 0
+
+    def take(count: int) -> bool:
+        nonlocal taken
+        taken += count
+        return True
+
+    async def drip() -> None:
+        for _ in range(4):
+            await far.send(b".")
+            # Longer than half the deadline, and four times that is longer than it.
+            await asyncio.wait([receiving], timeout=0.15)
+
+    receiving = asyncio.create_task(near.receive_at_once(view, take, deadline_s=0.25))
+    await drip()
+    with pytest.raises(ChannelTimeout):
+        await receiving
+    assert taken == 4
+    await near.close()
+    await far.close()
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+async def test_sending_now_goes_as_far_as_there_is_room(pair: Pair) -> None:
+    near, far = channels(pair())
+    assert near.send_now(b"at once") == 7
+    assert await receive_exactly(far, 7) == b"at once"
+    sent = 0
+    while count := near.send_now(bytes(1 << 20)):
+        sent += count
+    assert near.bytes_sent == 7 + sent
+    assert await receive_exactly(far, sent) == bytes(sent)
+    far.abort()
+    with pytest.raises(ChannelClosed, match="Unable to write to socket"):
+        send_without_end(near)
+    near.abort()
+
+
+def send_without_end(channel: SocketChannel) -> None:
+    while True:
+        channel.send_now(bytes(1 << 20))
