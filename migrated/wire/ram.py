@@ -1,4 +1,4 @@
-"""The body of the "ram" section: block list, zero and page records, in runs.
+"""The body of the "ram" section as it is read: block list, zero and page records, in runs. Written: `wire.ram_encoder`.
 
 The rule of the file: runs are made and read by numpy on strided views; Python touches a record alone only where the
 stream has a single one (a block name, a change of kind). A record is be64 (byte offset | flags), a counted block name
@@ -9,7 +9,7 @@ Source of the format: QEMU 7.2, "ram" version 4; error texts are QEMU's where QE
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntFlag
 from typing import NamedTuple
@@ -17,12 +17,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from migrated.errors import LocalProtocolError, RemoteProtocolError
-from migrated.wire.primitives import decode_name, encode_be64, encode_counted_string
+from migrated.errors import RemoteProtocolError
+from migrated.wire.primitives import decode_name, encode_be64
 
 RAM_VERSION = 4
 PAGE = 4096
-_PAGE_SHIFT = 12
+PAGE_SHIFT = 12
 
 Pages = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
@@ -46,17 +46,17 @@ class Flag(IntFlag):
 _FLAGS_MASK = PAGE - 1
 _CONTINUE = int(Flag.CONTINUE)
 # The two records that come in runs. Plain numbers: an IntFlag costs a microsecond per operation.
-_NEXT_PAGE = int(Flag.PAGE | Flag.CONTINUE)
-_NEXT_ZERO = int(Flag.ZERO | Flag.CONTINUE)
-_WORD = np.dtype(">u8")
-_WORD_BYTES = 8
+PAGE_FLAG = int(Flag.PAGE)
+NEXT_PAGE = int(Flag.PAGE | Flag.CONTINUE)
+NEXT_ZERO = int(Flag.ZERO | Flag.CONTINUE)
+WORD = np.dtype(">u8")
+WORD_BYTES = 8
 #: A CONTINUE record: its word and a page, or its word and the fill byte.
-_PAGE_STRIDE = _WORD_BYTES + PAGE
-_ZERO_STRIDE = _WORD_BYTES + 1
-_ZERO_RECORD = np.dtype([("word", _WORD), ("fill", np.uint8)])
+PAGE_STRIDE = WORD_BYTES + PAGE
+ZERO_STRIDE = WORD_BYTES + 1
 
 #: The longest record there is: a page with a name of 255 bytes. A parser's buffer holds at least that.
-RECORD_MAX_BYTES = _WORD_BYTES + 1 + 255 + PAGE
+RECORD_MAX_BYTES = WORD_BYTES + 1 + 255 + PAGE
 #: A QEMU guest with very many devices has a few dozen blocks.
 BLOCKS_MAX = 4096
 #: How many events one call of `parse` makes at most: a stream that changes kind with each record must not keep the
@@ -103,88 +103,6 @@ class EndOfSection:
 RamEvent = BlockList | PageRun | ZeroRun | EndOfSection
 
 
-# -- encoding --------------------------------------------------------------------------------------------------
-
-
-def encode_block_list(blocks: Sequence[tuple[str, int]]) -> bytes:
-    """Encode the setup body: all blocks as (name, length in bytes), then EOS."""
-    if len({name for name, _ in blocks}) != len(blocks):
-        raise LocalProtocolError("two RAM blocks have one name")
-    parts = [encode_be64(sum(length for _, length in blocks) | Flag.MEM_SIZE)]
-    for name, length in blocks:
-        if not name or length <= 0 or length % PAGE:
-            raise LocalProtocolError(f"RAM block '{name}' of {length} bytes cannot be announced")
-        parts += [encode_counted_string(name), encode_be64(length)]
-    return b"".join([*parts, EOS])
-
-
-class RamEncoder:
-    """Makes page records for one connection; remembers the block of the last one (CONTINUE)."""
-
-    def __init__(self) -> None:
-        self._block: str | None = None
-
-    def max_pages(self, out_size: int, block: str) -> int:
-        """Return how many page records of ``block`` fit into ``out_size`` bytes."""
-        return max(0, (out_size - len(self._name(block))) // _PAGE_STRIDE)
-
-    def _name(self, block: str) -> bytes:
-        """Return what the next record says about its block: nothing where it continues the last one."""
-        return b"" if block == self._block else encode_counted_string(block)
-
-    def zero_run(self, block: str, pages: Pages) -> bytes:
-        """Return zero records for ``pages``."""
-        if not len(pages):
-            return b""
-        records = np.zeros(len(pages), _ZERO_RECORD)
-        records["word"] = (pages << _PAGE_SHIFT) | _NEXT_ZERO
-        name = self._name(block)
-        self._block = block
-        if not name:
-            return records.tobytes()
-        return encode_be64(int(pages[0]) << _PAGE_SHIFT | Flag.ZERO) + name + bytes(1) + records[1:].tobytes()
-
-    def page(self, block: str, page: int, content: bytes) -> bytes:
-        """Return the record of one page: what a run of one would be, several times as fast."""
-        name = self._name(block)
-        self._block = block
-        flags = Flag.PAGE if name else Flag.PAGE | Flag.CONTINUE
-        return encode_be64(page << _PAGE_SHIFT | flags) + name + content
-
-    def body_offsets(self, block: str, count: int) -> range:
-        """Return where in a buffer the bodies of the next ``count`` page records of ``block`` belong.
-
-        Bodies that are put there become records by `page_heads`, if no other record is made in between. The buffer has
-        to have room for them (`max_pages`).
-        """
-        start = len(self._name(block)) + _WORD_BYTES
-        return range(start, start + count * _PAGE_STRIDE, _PAGE_STRIDE)
-
-    def page_heads(self, block: str, pages: Pages, out: Bytes) -> int:
-        """Write the heads of page records whose bodies are in ``out``; return how many bytes the records take."""
-        count = len(pages)
-        if count > self.max_pages(len(out), block):
-            raise LocalProtocolError(f"{count} page records do not fit into {len(out)} bytes")
-        if not count:
-            return 0
-        name = self._name(block)
-        self._block = block
-        # The name shifts all records by its length. The word of the first one is written last, before the name.
-        end = len(name) + count * _PAGE_STRIDE
-        words = ((pages << _PAGE_SHIFT) | _NEXT_PAGE).astype(_WORD)
-        records = out[len(name) : end].reshape(count, _PAGE_STRIDE)
-        records[:, :_WORD_BYTES] = words.view(np.uint8).reshape(count, _WORD_BYTES)
-        if name:
-            head = encode_be64(int(pages[0]) << _PAGE_SHIFT | Flag.PAGE) + name
-            out[: len(head)] = np.frombuffer(head, np.uint8)
-        return end
-
-
-def bodies(out: Bytes, offsets: range) -> Bytes:
-    """Return the page bodies at ``offsets`` in a buffer, shape (n, PAGE)."""
-    return np.ndarray((len(offsets), PAGE), np.uint8, out, offsets.start, (offsets.step, 1))
-
-
 # -- parsing ---------------------------------------------------------------------------------------------------
 
 
@@ -192,7 +110,7 @@ class _ShortBufferError(Exception):
     """The buffer ends within a record. Never leaves this file."""
 
 
-class _Record(NamedTuple):
+class PageRecord(NamedTuple):
     """The head of a page record: its block, its page, and where its body begins."""
 
     block: str
@@ -228,6 +146,21 @@ class RamParser:
                 break
         return events, consumed
 
+    def parse_page(self, buf: memoryview, at: int) -> PageRecord | None:
+        """Parse the page record at ``at``; None for anything else, or where not all of it is there.
+
+        For a page that somebody waits for: `parse` is made for runs, and costs several times as much for one.
+        """
+        if len(buf) < at + PAGE_STRIDE or self._list is not None:
+            return None
+        word = int.from_bytes(buf[at : at + WORD_BYTES], "big")
+        if word & _FLAGS_MASK & ~_CONTINUE != PAGE_FLAG:
+            return None
+        try:
+            return self._single(buf, at, word, PAGE)
+        except _ShortBufferError:
+            return None
+
     def _events(self, buf: memoryview) -> Iterator[tuple[RamEvent | None, int]]:
         """Yield each event with the position behind it, until a record is incomplete."""
         at = 0
@@ -250,11 +183,11 @@ class RamParser:
             case Flag.ZERO:
                 return self._zeros(buf, at, word)
             case Flag.EOS if word == Flag.EOS:
-                return EndOfSection(), at + _WORD_BYTES
+                return EndOfSection(), at + WORD_BYTES
             case Flag.MEM_SIZE if flags == Flag.MEM_SIZE and not self._listed:
                 self._listed = True
                 self._list = _BlockListParser(word - flags)
-                return None, at + _WORD_BYTES
+                return None, at + WORD_BYTES
             case Flag.COMPRESS_PAGE:
                 raise _refusal("Received an unexpected compressed page")
             case _:
@@ -270,27 +203,27 @@ class RamParser:
     # -- page records ------------------------------------------------------------------------------------------
 
     def _pages(self, buf: memoryview, at: int, word: int) -> tuple[RamEvent, int]:
-        if word & _CONTINUE and _follows(buf, at + _PAGE_STRIDE, _NEXT_PAGE, _PAGE_STRIDE):
+        if word & _CONTINUE and _follows(buf, at + PAGE_STRIDE, NEXT_PAGE, PAGE_STRIDE):
             block, length = self._known(self._block)
-            words = _run_of_words(buf, at, _NEXT_PAGE, _PAGE_STRIDE)
-            data = np.ndarray((len(words), PAGE), np.uint8, buf, at + _WORD_BYTES, (_PAGE_STRIDE, 1))
-            return PageRun(block, _page_numbers(words, length), data), at + len(words) * _PAGE_STRIDE
+            words = _run_of_words(buf, at, NEXT_PAGE, PAGE_STRIDE)
+            data = np.ndarray((len(words), PAGE), np.uint8, buf, at + WORD_BYTES, (PAGE_STRIDE, 1))
+            return PageRun(block, _page_numbers(words, length), data), at + len(words) * PAGE_STRIDE
         record = self._single(buf, at, word, PAGE)
         data = np.ndarray((1, PAGE), np.uint8, buf, record.body)
         return PageRun(record.block, np.array([record.page]), data), record.body + PAGE
 
     def _zeros(self, buf: memoryview, at: int, word: int) -> tuple[RamEvent, int]:
-        if word & _CONTINUE and _follows(buf, at + _ZERO_STRIDE, _NEXT_ZERO, _ZERO_STRIDE):
+        if word & _CONTINUE and _follows(buf, at + ZERO_STRIDE, NEXT_ZERO, ZERO_STRIDE):
             block, length = self._known(self._block)
-            words = _run_of_words(buf, at, _NEXT_ZERO, _ZERO_STRIDE)
+            words = _run_of_words(buf, at, NEXT_ZERO, ZERO_STRIDE)
             pages = _page_numbers(words, length)
-            return ZeroRun(block, pages, buf[at + _WORD_BYTES]), at + len(words) * _ZERO_STRIDE
+            return ZeroRun(block, pages, buf[at + WORD_BYTES]), at + len(words) * ZERO_STRIDE
         record = self._single(buf, at, word, 1)
         return ZeroRun(record.block, np.array([record.page]), buf[record.body]), record.body + 1
 
-    def _single(self, buf: memoryview, at: int, word: int, body_bytes: int) -> _Record:
+    def _single(self, buf: memoryview, at: int, word: int, body_bytes: int) -> PageRecord:
         """Parse the head of one record, with a name or without, and remember its block."""
-        body = at + _WORD_BYTES
+        body = at + WORD_BYTES
         name = self._block
         if not word & _CONTINUE:
             name, body = _counted_string(buf, body)
@@ -301,7 +234,7 @@ class RamParser:
         if len(buf) < body + body_bytes:
             raise _ShortBufferError
         self._block = block
-        return _Record(block, offset >> _PAGE_SHIFT, body)
+        return PageRecord(block, offset >> PAGE_SHIFT, body)
 
     def _known(self, name: str | None) -> tuple[str, int]:
         if name is None:
@@ -334,7 +267,7 @@ class _BlockListParser:
             raise _refusal("too many RAM blocks", expected=f"at most {BLOCKS_MAX}")
         self.found[name] = length
         self.missing -= length
-        return at + _WORD_BYTES
+        return at + WORD_BYTES
 
 
 def _refusal(what: str, *, expected: str = "", found: str = "") -> RemoteProtocolError:
@@ -342,9 +275,9 @@ def _refusal(what: str, *, expected: str = "", found: str = "") -> RemoteProtoco
 
 
 def _word(buf: memoryview, at: int) -> int:
-    if len(buf) < at + _WORD_BYTES:
+    if len(buf) < at + WORD_BYTES:
         raise _ShortBufferError
-    return int.from_bytes(buf[at : at + _WORD_BYTES], "big")
+    return int.from_bytes(buf[at : at + WORD_BYTES], "big")
 
 
 def _counted_string(buf: memoryview, at: int) -> tuple[str, int]:
@@ -358,7 +291,7 @@ def _counted_string(buf: memoryview, at: int) -> tuple[str, int]:
 
 def _follows(buf: memoryview, at: int, flags: int, stride: int) -> bool:
     """Say whether a whole record with these flags lies at ``at``."""
-    return len(buf) >= at + stride and int.from_bytes(buf[at + 6 : at + _WORD_BYTES], "big") & _FLAGS_MASK == flags
+    return len(buf) >= at + stride and int.from_bytes(buf[at + 6 : at + WORD_BYTES], "big") & _FLAGS_MASK == flags
 
 
 def _run_of_words(buf: memoryview, at: int, flags: int, stride: int) -> NDArray[np.uint64]:
@@ -367,14 +300,14 @@ def _run_of_words(buf: memoryview, at: int, flags: int, stride: int) -> NDArray[
     Looks further and further ahead, so that a short run in a long buffer costs little.
     """
     available = (len(buf) - at) // stride
-    words = np.ndarray(available, _WORD, buf, at, (stride,))
-    fills = np.ndarray(available, np.uint8, buf, at + _WORD_BYTES, (stride,))
+    words = np.ndarray(available, WORD, buf, at, (stride,))
+    fills = np.ndarray(available, np.uint8, buf, at + WORD_BYTES, (stride,))
     parts: list[NDArray[np.uint64]] = []
     start, step = 0, 64
     while start < available:
         part = words[start : start + step].astype(np.uint64)
         differs = part & np.uint64(_FLAGS_MASK) != flags
-        if flags == _NEXT_ZERO:
+        if flags == NEXT_ZERO:
             differs |= fills[start : start + step] != fills[0]
         length = _first(differs)
         parts.append(part[:length])
@@ -392,8 +325,8 @@ def _first(hits: NDArray[np.bool_]) -> int:
 
 def _page_numbers(words: NDArray[np.uint64], length: int) -> Pages:
     """Return the pages that words name. Raises RemoteProtocolError for one that is not within the block."""
-    pages = (words >> np.uint64(_PAGE_SHIFT)).view(np.int64)
+    pages = (words >> np.uint64(PAGE_SHIFT)).view(np.int64)
     if int(pages.max()) >= length // PAGE:
         first = int(pages[_first(pages >= length // PAGE)])
-        raise _refusal(f"Illegal RAM offset {first << _PAGE_SHIFT:x}", expected=f"less than {length:x}")
+        raise _refusal(f"Illegal RAM offset {first << PAGE_SHIFT:x}", expected=f"less than {length:x}")
     return pages

@@ -115,8 +115,12 @@ class Faults:
 
 ReturnMessage = Faults | Shut | Pong | RequestPages | ReceivedBitmap | ResumeAck | SwitchoverAck | Reason
 
+_REQUEST = struct.Struct(">HHQI")
+_HEAD_BYTES = 4
 _REQ_PAGES_BYTES = 12
 _REQ_PAGES_ID_BYTES = _REQ_PAGES_BYTES + 1
+# Plain numbers: comparing an IntEnum costs as much as reading a message.
+_REQ_PAGES, _REQ_PAGES_ID = int(Message.REQ_PAGES), int(Message.REQ_PAGES_ID)
 
 
 def _encode(kind: Message, body: bytes) -> bytes:
@@ -133,10 +137,10 @@ def encode_pong(value: int) -> bytes:
 
 def encode_request_pages(start: int, length: int, block: str | None = None) -> bytes:
     """Encode a request for bytes of a block; None for the block of the last request on this connection."""
-    body = encode_be64(start) + encode_be32(length)
     if block is None:
-        return _encode(Message.REQ_PAGES, body)
-    return _encode(Message.REQ_PAGES_ID, body + encode_counted_string(block))
+        return _REQUEST.pack(_REQ_PAGES, _REQ_PAGES_BYTES, start, length)
+    name = encode_counted_string(block)
+    return _REQUEST.pack(_REQ_PAGES_ID, _REQ_PAGES_BYTES + len(name), start, length) + name
 
 
 def encode_received_bitmap(block: str, bits: bytes) -> bytes:
@@ -174,6 +178,23 @@ def parse_message() -> Parser[ReturnMessage]:
     if not least <= length <= most:
         raise _bad_length(kind, length, least if length < least else most)
     return build((yield length) if length else b"")
+
+
+def parse_request(buf: memoryview, at: int) -> tuple[int, int, str | None, int] | None:
+    """Parse the request at ``at``: (start, length, block or None, where it ends).
+
+    None for anything else, a part of one, and one whose length is wrong: those are for `parse_message`, which costs
+    several times as much. Somebody waits for what is asked for here.
+    """
+    if len(buf) < at + _REQUEST.size:
+        return None
+    number, size, start, length = _REQUEST.unpack_from(buf, at)
+    if number == _REQ_PAGES and size == _REQ_PAGES_BYTES:
+        return start, length, None, at + _REQUEST.size
+    end = at + _HEAD_BYTES + size
+    if number != _REQ_PAGES_ID or not _REQ_PAGES_ID_BYTES <= size <= MESSAGE_MAX_BYTES or len(buf) < end:
+        return None
+    return start, length, _counted(Message.REQ_PAGES_ID, bytes(buf[at + _HEAD_BYTES : end]), _REQ_PAGES_BYTES), end
 
 
 def parse_bitmap_body(block: str, pages: int) -> Parser[bytes]:

@@ -10,7 +10,7 @@ import pytest
 from migrated.demo.site import Site
 from migrated.errors import CommandError
 from migrated.wire.command import Command, encode_command
-from migrated.wire.ram import encode_block_list
+from migrated.wire.ram_encoder import encode_block_list
 from migrated.wire.section import (
     Configuration,
     SectionHeader,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from migrated.wire.ram import Bytes, Pages, RamEncoder, bodies
+from migrated.wire.ram import Bytes, Pages
+from migrated.wire.ram_encoder import RamEncoder, bodies
 
 
 def page_run(encoder: RamEncoder, block: str, pages: Pages, source: Bytes, out: Bytes) -> int:

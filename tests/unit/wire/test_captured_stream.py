@@ -9,7 +9,8 @@ from hypothesis import given, settings
 
 from migrated.wire import section
 from migrated.wire.pull import Parser, feed
-from migrated.wire.ram import PAGE, BlockList, EndOfSection, PageRun, RamEncoder, RamParser, ZeroRun, encode_block_list
+from migrated.wire.ram import PAGE, BlockList, EndOfSection, PageRun, RamParser, ZeroRun
+from migrated.wire.ram_encoder import RamEncoder, encode_block_list
 from migrated.wire.section import Configuration, EndOfFile, SectionHeader, SectionType
 from tests.support.ram_records import page_run
 from tests.unit.wire.captures import CONTENT, PAGES, STREAM, UUID

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from migrated.errors import LocalProtocolError
-from migrated.wire.ram import EOS, PAGE, Flag, RamEncoder, encode_block_list
+from migrated.wire.ram import EOS, PAGE, Flag
+from migrated.wire.ram_encoder import RamEncoder, encode_block_list
 from tests.support.ram_records import page_run
 
 PAGES = 64

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from migrated.errors import RemoteProtocolError
 from migrated.wire import ram
 from migrated.wire.ram import EOS, PAGE, BlockList, EndOfSection, Flag, PageRun, RamEvent, RamParser, ZeroRun
+from migrated.wire.ram_encoder import RamEncoder
 from tests.support.ram_records import page_run
 from tests.unit.wire.captures import CONTENT, PAGES, STREAM
 from tests.unit.wire.cuts import CUTS, cut, single_bytes
@@ -105,7 +106,7 @@ def test_captured_sections() -> None:
 
 def test_sender_and_receiver_agree() -> None:
     source = np.random.default_rng(1).integers(0, 256, (64, PAGE), np.uint8)
-    encoder = ram.RamEncoder()
+    encoder = RamEncoder()
     out = np.empty(1 << 20, np.uint8)
     used = page_run(encoder, "ram", np.arange(40), source, out)
     zeros = encoder.zero_run("ram", np.arange(40, 64))
@@ -115,6 +116,28 @@ def test_sender_and_receiver_agree() -> None:
     assert consumed == used + len(zeros) + 8
     told = [one for event in events[:-1] for one in said(event)]
     assert told == [("ram", page, source[page].tobytes() if page < 40 else 0) for page in range(64)]
+
+
+def test_a_page_that_somebody_waits_for_is_read_without_detours() -> None:
+    parser = RamParser(BLOCKS)
+    buf = memoryview(full(3, 1, "ram") + full(9, 2) + zero(10) + full(11, 3))
+    assert parser.parse_page(buf, 0) == ("ram", 3, 12)
+    assert parser.parse_page(buf, 12 + PAGE) == ("ram", 9, 20 + PAGE)
+    at = 20 + 2 * PAGE
+    assert parser.parse_page(buf, at) is None, "a zero record"
+    assert parser.parse_page(buf, at + 9) == ("ram", 11, at + 17)
+    assert parser.parse_page(buf, at + 10) is None, "not all of it is there"
+    named = memoryview(full(0, 1, "rom"))
+    assert parser.parse_page(named[:-1], 0) is None, "its name takes the room"
+    assert parser.parse_page(named, 0) == ("rom", 0, 12)
+    with pytest.raises(RemoteProtocolError, match="Illegal RAM offset 4000"):
+        parser.parse_page(memoryview(full(4, 1)), 0)
+
+
+def test_no_page_is_read_out_of_a_block_list() -> None:
+    parser = RamParser({})
+    assert parser.parse(memoryview(struct.pack(">Q", PAGE | Flag.MEM_SIZE))) == ([], 8)
+    assert parser.parse_page(memoryview(full(0, 1, "ram")), 0) is None
 
 
 def test_data_lies_in_the_buffer() -> None:

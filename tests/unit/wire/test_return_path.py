@@ -95,6 +95,21 @@ def test_requests_come_back(start: int, length: int, block: str | None, cuts: li
     raw = rp.encode_request_pages(start, length, block)
     assert feed(rp.parse_message(), cut(raw, cuts)) == rp.RequestPages(start, length, block)
     assert len(raw) <= 4 + rp.MESSAGE_MAX_BYTES
+    # The short way says the same, wherever it lies, and nothing of a part.
+    buf = memoryview(b"?" + raw + b"?")
+    assert rp.parse_request(buf, 1) == (start, length, block, 1 + len(raw))
+    assert all(rp.parse_request(buf[: 1 + size], 1) is None for size in range(len(raw)))
+
+
+@pytest.mark.parametrize("raw", MESSAGES)
+def test_the_short_way_is_for_requests_only(raw: bytes) -> None:
+    found = rp.parse_request(memoryview(raw + bytes(32)), 0)
+    assert (found is not None) == isinstance(MESSAGES[raw], rp.RequestPages)
+
+
+@pytest.mark.parametrize("raw", ["0003 000c", "0003 0201", "0004 000d", "0004 000b"])
+def test_the_short_way_leaves_wrong_lengths_to_the_long_one(raw: str) -> None:
+    assert rp.parse_request(memoryview(bytes.fromhex(raw) + bytes(600)), 0) is None
 
 
 def received_bitmap(pages: int) -> Parser[tuple[rp.ReturnMessage, bytes]]:
