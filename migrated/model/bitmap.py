@@ -90,6 +90,25 @@ class PageBitmap:
         if low < 0 or end > self.pages:
             raise IndexError(f"pages {low}..{end - 1} are not all below {self.pages}")
 
+    def set(self, page: int) -> None:
+        """Set one page."""
+        self._check_bounds(page, page + 1)
+        index, bit = page // _WORD_BITS, 1 << page % _WORD_BITS
+        word = int(self._words[index])
+        self._count += not word & bit
+        self._words[index] = word | bit
+
+    def clear(self, page: int) -> bool:
+        """Clear one page and say whether it was set."""
+        self._check_bounds(page, page + 1)
+        index, bit = page // _WORD_BITS, 1 << page % _WORD_BITS
+        word = int(self._words[index])
+        if not word & bit:
+            return False
+        self._count -= 1
+        self._words[index] = word & ~bit
+        return True
+
     def test(self, page: int) -> bool:
         """Say whether a page is set."""
         self._check_bounds(page, page + 1)
@@ -164,6 +183,40 @@ class PageBitmap:
             cursor = (first + step) * _WORD_BITS
             step = min(step * 4, _SCAN_MAX_WORDS)
         return _joined(found), (self.pages if limit else cursor)
+
+    def take_run(self, cursor: int, count: int) -> int | None:
+        """Clear the first set page from ``cursor`` on and those behind it, ``count`` in all, and return the first.
+
+        None, with nothing cleared, where not all of them are set; that costs next to nothing.
+        """
+        first = self._first_from(cursor)
+        if first is None or first + count > self.pages:
+            return None
+        low, high = first // _WORD_BITS, -(-(first + count) // _WORD_BITS)
+        words = int.from_bytes(self._words[low:high].tobytes(), "little")
+        mask = (1 << count) - 1 << first % _WORD_BITS
+        if words & mask != mask:
+            return None
+        self._words[low:high] = np.frombuffer((words & ~mask).to_bytes((high - low) * 8, "little"), _WORD)
+        self._count -= count
+        return first
+
+    def _first_from(self, cursor: int) -> int | None:
+        if not self._count or cursor >= self.pages:
+            return None
+        index, step = cursor // _WORD_BITS, _WORD_BITS
+        word = int(self._words[index]) >> cursor % _WORD_BITS << cursor % _WORD_BITS
+        while not word:
+            index += 1
+            if index >= len(self._words):
+                return None
+            used = np.flatnonzero(self._words[index : index + step])
+            if len(used):
+                index += int(used[0])
+                word = int(self._words[index])
+            else:
+                index, step = index + step - 1, min(step * 4, _SCAN_MAX_WORDS)
+        return index * _WORD_BITS + (word & -word).bit_length() - 1
 
     def _take_from(self, first: int, last: int, cursor: int, limit: int) -> Pages:
         """Clear and return up to ``limit`` set pages of the words first..last-1 that are not below ``cursor``."""

@@ -6,7 +6,7 @@ that both ends can show them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import astuple, dataclass, field
 
 from migrated.model.latency import DISTRIBUTION_BUCKETS, LatencyHistogram
@@ -84,6 +84,36 @@ class FaultSummary:
         return cls(words[0], remote, in_flight, local)
 
 
+class Blocktime:
+    """How long threads stood still: each one, and all that ever did at once (QEMU's postcopy-blocktime).
+
+    A thread is named by any key; ``now`` is in seconds.
+    """
+
+    def __init__(self) -> None:
+        self.all_s = 0.0
+        self._since: dict[Hashable, float] = {}
+        self._sum: dict[Hashable, float] = {}
+        self._all_since = 0.0
+
+    def enter(self, key: Hashable, now: float) -> None:
+        self._since[key] = now
+        self._sum.setdefault(key, 0.0)
+        if len(self._since) == len(self._sum):
+            self._all_since = now
+
+    def leave(self, key: Hashable, now: float) -> None:
+        since = self._since.pop(key, None)
+        if since is None:
+            return
+        if len(self._since) + 1 == len(self._sum):
+            self.all_s += now - self._all_since
+        self._sum[key] += now - since
+
+    def by_thread(self) -> list[float]:
+        return list(self._sum.values())
+
+
 @dataclass(slots=True)
 class FaultFigures:
     """What a destination counts while it serves faults."""
@@ -92,9 +122,7 @@ class FaultFigures:
     in_flight: LatencyHistogram = field(default_factory=LatencyHistogram)
     local: LatencyHistogram = field(default_factory=LatencyHistogram)
     requests: int = 0
-    blocktime_s: float = 0.0
-    """Time during which every thread that ever waited was waiting."""
-    blocktime_by_thread_s: list[float] = field(default_factory=list)
+    blocked: Blocktime = field(default_factory=Blocktime)
 
     def summary(self) -> FaultSummary:
         """Sum up what has been counted so far."""

@@ -55,6 +55,27 @@ class BitmapIsASet(RuleBasedStateMachine):
         pages = self.at(start), self.at(end)
         self.adds(set(range(*pages)), self.bitmap.set_range(*pages))
 
+    @rule(share=SHARES)
+    def set_one(self, share: float) -> None:
+        if self.pages:
+            self.bitmap.set(self.page(share))
+            self.model.add(self.page(share))
+
+    @rule(share=SHARES)
+    def clear_one(self, share: float) -> None:
+        if self.pages:
+            assert self.bitmap.clear(self.page(share)) == (self.page(share) in self.model)
+            self.model.discard(self.page(share))
+
+    @rule(cursor=SHARES, count=st.sampled_from([1, 2, 63, 64, 65, 130]))
+    def take_run(self, cursor: float, count: int) -> None:
+        first = min((page for page in self.model if page >= self.at(cursor)), default=None)
+        run = set() if first is None else set(range(first, first + count))
+        whole = first if run and run <= self.model else None
+        assert self.bitmap.take_run(self.at(cursor), count) == whole
+        if whole is not None:
+            self.model -= run
+
     @rule(start=SHARES, end=SHARES)
     def clear_range(self, start: float, end: float) -> None:
         pages = set(range(self.at(start), self.at(end)))
@@ -148,6 +169,15 @@ def test_take_finds_a_page_far_away() -> None:
     assert (taken.tolist(), cursor) == ([pages - 2], pages - 1)
     assert bitmap.take(cursor, 10)[0].tolist() == [pages - 1]
     assert bitmap.take(0, 10)[1] == pages
+
+
+def test_a_run_far_away() -> None:
+    bitmap = PageBitmap(1 << 22)
+    bitmap.set_range(3_000_000, 3_000_200)
+    assert bitmap.take_run(70, 128) == 3_000_000
+    assert bitmap.take_run(0, 128) is None, "72 are left"
+    assert bitmap.take_run(0, 72) == 3_000_128
+    assert bitmap.take_run(0, 1) is None
 
 
 def test_many_single_page_ranges() -> None:
