@@ -24,6 +24,7 @@ from migrated.kernel import userfault
 
 _COPY = struct.Struct("=QQQQq")  # dst, src, len, mode, copied(out)
 _FILL = struct.Struct("=QQQq")  # start, len, mode, done(out): of ZEROPAGE and POISON
+_PAGE = 4096
 _DONE = struct.Struct("=q")  # the last field of both
 _FAULT = struct.Struct("=B7xQQI4x")  # event, flags, address, thread id
 
@@ -118,6 +119,12 @@ def copy(fd: int, destination: int, source: int, length: int, mode: int = 0) -> 
         length,
         lambda done: _COPY.pack(destination + done, source + done, length - done, mode, 0),
     )
+
+
+def copy_page(fd: int, destination: int, source: int) -> int:
+    """Place one page and wake who waits for it, as `copy` does, faster; return the errno of an obstacle, 0 without."""
+    argument = bytearray(_COPY.pack(destination, source, _PAGE, 0, 0))
+    return _call("UFFDIO_COPY", fd, userfault.UFFDIO_COPY, argument)
 
 
 def zeropage(fd: int, destination: int, length: int, mode: int = 0) -> Placed:

@@ -166,9 +166,10 @@ class PostcopySource:
         link.expect_signs_of_life(self._host.settings.silence_timeout_s())
         try:
             async with asyncio.TaskGroup() as group:
-                aside = [*self._beside(group, link), group.create_task(self._beat(link))]
+                aside = [group.create_task(self._beat(link))]
                 group.create_task(link.return_path.watch_link())
                 await self._host.registry.resume_prepare(_Bitmaps(link, self._answer_timeout_s))
+                aside += self._beside(group, link)
                 if not self.answered:
                     if link.kind is PeerKind.MIGRATED:
                         await link.command(Command.PING, ping_payload(COMMIT_PING))

@@ -73,8 +73,8 @@ def describe_incoming(migration: IncomingMigration, progress: Progress, *, block
     if (faults := migration.postcopy.faults) is not None:
         answer["x-migrated-faults"] = faults.summary().as_dict()
         if blocktime and status is MigrationStatus.COMPLETED:
-            answer["postcopy-blocktime"] = round(faults.blocktime_s * 1000)
-            answer["postcopy-vcpu-blocktime"] = [round(seconds * 1000) for seconds in faults.blocktime_by_thread_s]
+            answer["postcopy-blocktime"] = round(faults.blocked.all_s * 1000)
+            answer["postcopy-vcpu-blocktime"] = [round(seconds * 1000) for seconds in faults.blocked.by_thread()]
     answer["x-migrated-migration-id"] = migration.migration_id
     answer["x-migrated-peer"] = {"address": migration.peer, "kind": migration.kind.value}
     return answer

@@ -15,10 +15,17 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from enum import StrEnum
 
-from migrated.errors import ChannelClosed, ChannelTimeout, MigratedError, PeerRefused, RemoteProtocolError
+from migrated.errors import (
+    ChannelClosed,
+    ChannelError,
+    ChannelTimeout,
+    MigratedError,
+    PeerRefused,
+    RemoteProtocolError,
+)
 from migrated.model.faults import FaultFigures, FaultSummary
 from migrated.stream.incoming import IncomingStream
-from migrated.transport.channel import Channel
+from migrated.transport.channel import Channel, SocketChannel
 from migrated.wire.command import PEER_PONG
 from migrated.wire.return_path import (
     Faults,
@@ -39,6 +46,7 @@ from migrated.wire.return_path import (
     encode_shut,
     parse_bitmap_body,
     parse_message,
+    parse_request,
 )
 
 FIRST_PING = 1
@@ -90,7 +98,7 @@ class ReturnPathReader:
         """Read until SHUT or the end; failures land in `kind` and `answer`, never here."""
         try:
             while not self.answer.done():
-                await self._stream.wait_for_element()
+                await self._stream.take_at_once(self._take_requests)
                 await self._take(await self._stream.run(parse_message()))
         except RemoteProtocolError as error:
             # The end of the stream is a close; anything else is a destination that talks nonsense.
@@ -109,6 +117,14 @@ class ReturnPathReader:
     async def watch_link(self) -> None:
         """Return when the destination has said its last word; raise as soon as it cannot say it any more."""
         await asyncio.shield(self.answer)
+
+    def _take_requests(self, buf: memoryview) -> int:
+        """Pass on the requests that ``buf`` begins with; somebody waits for each of them."""
+        taken = 0
+        while (request := parse_request(buf, taken)) is not None:
+            start, length, block, taken = request
+            self._on_request(block, start, length)
+        return taken
 
     async def _take(self, message: ReturnMessage) -> None:
         match message:
@@ -229,22 +245,35 @@ class ReturnPathWriter:
         await self._send(encode_pong(PEER_PONG))
 
     def request_pages(self, block: str, start: int, length: int) -> None:
-        """Have `deliver` ask for pages that somebody waits for."""
+        """Ask for pages that somebody waits for, at once; what does not go now, `deliver` sends."""
         name = None if block == self._last_block else block
         self._last_block = block
         self._requests += encode_request_pages(start, length, name)
-        self._requested.set()
+        if self._turn.locked() or not self._sent_now():
+            self._requested.set()
+
+    def _sent_now(self) -> bool:
+        if not isinstance(self._channel, SocketChannel):
+            return False
+        try:
+            del self._requests[: self._channel.send_now(self._requests)]
+        except ChannelError:
+            return False  # `deliver` meets it as well
+        return not self._requests
 
     async def deliver(self) -> None:
-        """Send requests as they come, until this is cancelled. Raises ChannelError."""
+        """Send requests that did not go at once, until this is cancelled. Raises ChannelError."""
         while True:
             await self._requested.wait()
             self._requested.clear()
             async with self._turn:
-                # Taken only now: an answer that was sent meanwhile stands between requests, never inside one.
-                requests, self._requests = self._requests, bytearray()
-                if requests:
-                    await self._channel.send(requests)
+                await self._send_requests()
+
+    async def _send_requests(self) -> None:
+        # The first of them may have gone in part: nothing comes in between.
+        requests, self._requests = self._requests, bytearray()
+        if requests:
+            await self._channel.send(requests)
 
     async def received_bitmap(self, block: str, bitmap: bytes) -> None:
         """Say what has arrived of a block."""
@@ -269,4 +298,5 @@ class ReturnPathWriter:
 
     async def _send(self, message: bytes) -> None:
         async with self._turn:
+            await self._send_requests()
             await self._channel.send(message)

@@ -5,7 +5,7 @@ received is answered here (it is a hole that was announced as zero, or was place
 for once, however many threads and processes wait for it, and all of them are woken when it was placed.
 
     fault -> received: answer here | asked for already: join | else: ask
-    placed -> latency recorded, waiters in other processes woken
+    placed -> waiters in other processes woken, latency recorded
 
 Runs on the event loop: one read takes up to 64 faults, nothing here waits. Figures: `FaultFigures`.
 """
@@ -20,9 +20,13 @@ from dataclasses import dataclass, field
 from migrated.errors import KernelError
 from migrated.kernel import userfault, userfault_place
 from migrated.model.faults import FaultFigures
-from migrated.savevm.ports import RamBlockPort, TrackedMapping
+from migrated.savevm.ports import RamBlockPort
 from migrated.wire.ram import PAGE
 
+#: A program that misses one page misses the next one within a few round trips.
+HURRY_S = 0.005
+#: Who touches one page after the other meets what comes by itself, and gains nothing if that comes in small pieces.
+NEAR_PAGES = 512
 #: block name, byte offset, length
 Request = Callable[[str, int, int], None]
 IsReceived = Callable[[str, int], bool]
@@ -50,19 +54,19 @@ class FaultService:
         self._is_received = is_received
         self._request = request
         self._clock = clock
-        self._ranges: dict[int, list[tuple[int, TrackedMapping, str]]] = {}
-        for block in blocks:
-            for mapping in block.mappings:
-                self._ranges.setdefault(mapping.userfault, []).append((mapping.address, mapping, block.name))
-        for ranges in self._ranges.values():
-            ranges.sort(key=lambda entry: entry[0])
+        self._addresses = {(m.userfault, block.name): m.address for block in blocks for m in block.mappings}
+        self._ranges = {fd: self._ranges_of(fd) for fd, _ in self._addresses}
         self._waiting: dict[str, dict[int, _Waiting]] = {block.name: {} for block in blocks}
-        self._addresses = {
-            (fd, name): mapping.address for fd, ranges in self._ranges.items() for _, mapping, name in ranges
-        }
-        self._blocked = _Blocktime()
         self.figures = FaultFigures()
         self._serving = False
+        self._hurried_at = -HURRY_S
+        self._front = ("", 0)
+        """Behind the last page that came by itself."""
+
+    def _ranges_of(self, fd: int) -> tuple[list[int], list[str]]:
+        """Return where the blocks begin in a process, ascending, and which those are."""
+        ranges = sorted((address, name) for (owner, name), address in self._addresses.items() if owner == fd)
+        return [address for address, _ in ranges], [name for _, name in ranges]
 
     def start(self) -> None:
         """Begin to read faults."""
@@ -91,6 +95,11 @@ class FaultService:
         """How many pages are asked for and not here."""
         return sum(map(len, self._waiting.values()))
 
+    @property
+    def hurries(self) -> bool:
+        """True while somebody waits, or did a moment ago, for a page that does not come next by itself."""
+        return self._clock() - self._hurried_at < HURRY_S
+
     # -- faults ------------------------------------------------------------------------------------------------
 
     def _readable(self, fd: int) -> None:
@@ -101,23 +110,26 @@ class FaultService:
             asyncio.get_running_loop().remove_reader(fd)
             return
         now = self._clock()
-        for fault in faults:
-            ranges = self._ranges[fd]
-            base, _, block = ranges[bisect_right(ranges, fault.address, key=lambda entry: entry[0]) - 1]
-            self._fault(fd, block, (fault.address - base) // PAGE, fault.thread_id, now)
+        bases, blocks = self._ranges[fd]
+        for address, thread, _ in faults:
+            index = bisect_right(bases, address) - 1
+            self._fault(fd, blocks[index], (address - bases[index]) // PAGE, thread, now)
 
     def _fault(self, fd: int, block: str, page: int, thread: int, now: float) -> None:
         if self._is_received(block, page):
             self.answer(fd, block, page)
             self.figures.local.add(self._clock() - now)
             return
-        self._blocked.enter((fd, thread), now)
+        name, front = self._front
+        if name != block or abs(page - front) > NEAR_PAGES:
+            self._hurried_at = now
         waiting = self._waiting[block].get(page)
         if waiting is None:
+            self._request(block, page * PAGE, PAGE)  # first of all: the rest is done while the answer comes
             self._waiting[block][page] = waiting = _Waiting(now)
             self.figures.requests += 1
-            self._request(block, page * PAGE, PAGE)
         waiting.threads[fd, thread] = now
+        self.figures.blocked.enter((fd, thread), now)
 
     def answer(self, fd: int, block: str, page: int) -> None:
         """Let a process go on that touched a page which is here: map it, or the zeros that it is."""
@@ -131,46 +143,26 @@ class FaultService:
 
     # -- pages -------------------------------------------------------------------------------------------------
 
-    def placed(self, block: str) -> None:
-        """Pages of a block were received: let everybody go on who waited for one of them."""
-        waiting = self._waiting[block]
-        for page in [page for page in waiting if self._is_received(block, page)]:
-            self._release(block, page, waiting.pop(page))
-
-    def _release(self, block: str, page: int, waiting: _Waiting) -> None:
-        for fd in {fd for fd, _ in waiting.threads}:
-            self.answer(fd, block, page)
+    def placed_page(self, block: str, page: int, woken: int = -1) -> None:
+        """A page was received: let everybody go on who waited for it; those of userfaultfd ``woken`` do already."""
+        waiting = self._waiting[block].pop(page, None)
+        if waiting is None:
+            return
         now = self._clock()
-        for key, since in waiting.threads.items():
+        for (fd, thread), since in waiting.threads.items():
+            if fd != woken:
+                self.answer(fd, block, page)
             histogram = self.figures.remote if since == waiting.asked_at else self.figures.in_flight
             histogram.add(now - since)
-            self._blocked.leave(key, now)
-        self.figures.blocktime_s = self._blocked.all_s
-        self.figures.blocktime_by_thread_s = self._blocked.by_thread()
+            self.figures.blocked.leave((fd, thread), now)
 
+    def placed_run(self, block: str, first: int, end: int, woken: int) -> None:
+        """The same of the pages first..end-1, which came by themselves."""
+        self._front = block, end
+        for page in [page for page in self._waiting[block] if first <= page < end]:
+            self.placed_page(block, page, woken)
 
-class _Blocktime:
-    """How long threads stood still: each one, and all of them at once (QEMU's postcopy-blocktime)."""
-
-    def __init__(self) -> None:
-        self.all_s = 0.0
-        self._since: dict[tuple[int, int], float] = {}
-        self._sum: dict[tuple[int, int], float] = {}
-        self._all_since = 0.0
-
-    def enter(self, key: tuple[int, int], now: float) -> None:
-        self._since[key] = now
-        self._sum.setdefault(key, 0.0)
-        if len(self._since) == len(self._sum):
-            self._all_since = now
-
-    def leave(self, key: tuple[int, int], now: float) -> None:
-        since = self._since.pop(key, None)
-        if since is None:
-            return
-        if len(self._since) + 1 == len(self._sum):
-            self.all_s += now - self._all_since
-        self._sum[key] += now - since
-
-    def by_thread(self) -> list[float]:
-        return list(self._sum.values())
+    def placed_holes(self, block: str) -> None:
+        """Pages of a block were announced to be zero: let everybody go on who waited for one of them."""
+        for page in [page for page in self._waiting[block] if self._is_received(block, page)]:
+            self.placed_page(block, page)

@@ -5,7 +5,6 @@ every announced block was received. Blocks are emptied when a machine arrives, s
 
 Landing: contiguous runs go by ``pwrite`` into the memfd (no fault, no zeroing of what is overwritten anyway), from a
 small contiguous scratch buffer that stays in the cache; scattered pages are stored through the daemon's own mapping.
-Runs that follow each other are marked received as one: the bits cost as much as the copying, taken 64 at a time.
 
 Postcopy: once the stream is advised of it, the workloads' mappings catch touches of missing pages. From `listen` on
 pages are placed through those (`ram.place`), and no page that is missing is read or written here. Pages that are zero
@@ -28,10 +27,10 @@ from numpy.typing import NDArray
 from migrated.errors import KernelError, RemoteProtocolError, WorkloadError
 from migrated.kernel import userfault, userfault_place
 from migrated.kernel.memory import SHMEM_HUGE_UNASKED, punch_hole, shmem_huge_pages
-from migrated.model.bitmap import PageBitmap
 from migrated.model.faults import FaultFigures
 from migrated.model.ramblock import RamBlock, check_block_list
 from migrated.model.stats import RamStats
+from migrated.ram.arrivals import Arrivals
 from migrated.ram.fault_service import FaultService
 from migrated.ram.place import copy_pages
 from migrated.savevm.ports import MachinePort, RamBlockPort, TrackedMapping
@@ -41,8 +40,10 @@ from migrated.wire.ram import PAGE, RAM_VERSION, BlockList, EndOfSection, PageRu
 #: Below this mean length, single pages are stored through the mapping instead of one pwrite per run.
 SHORT_RUN_PAGES = 8
 SCRATCH_PAGES = 256
-#: One UFFDIO_COPY: long enough to be cheap (18 us), short enough that an urgent page is not kept waiting.
-COPY_PAGES = 64
+#: One UFFDIO_COPY: long enough that what is done in Python for it hardly counts.
+COPY_PAGES = 128
+#: The same while threads wait again and again.
+URGENT_COPY_PAGES = 16
 
 
 class RamLoad:
@@ -67,7 +68,7 @@ class RamLoad:
         self._advised = False
         self._started = False
         self._registered: list[TrackedMapping] = []
-        self._arrivals: dict[str, _Arrivals] = {}
+        self._arrivals: dict[str, Arrivals] = {}
         self._parser = RamParser({})
         self._scratch = np.empty(0, np.uint8)
 
@@ -88,16 +89,21 @@ class RamLoad:
         await self._load(f, self._parser)
 
     async def _load(self, f: IncomingStream, parser: RamParser) -> None:
+        while not await self._load_some(f, parser):
+            if not f.peek():
+                await f.fill()
+
+    async def _load_some(self, f: IncomingStream, parser: RamParser) -> bool:
+        """Place what is buffered; True at the end of a section."""
         while True:
             events, used = parser.parse(f.peek())
             done = False
             for event in events:
                 done = await self._take(event)
             f.consume(used)
-            if done:
-                return
-            if not used or not f.peek():
-                await f.fill()
+            if used:
+                return done
+            await f.fill()
 
     async def load_cleanup(self, opaque: Any) -> None:
         """Let go of buffers and bitmaps. A machine that runs keeps its registrations: who waits must not read zeros."""
@@ -159,9 +165,30 @@ class RamLoad:
         self._service.start()
 
     async def load_urgent(self, f: IncomingStream) -> None:
-        """Place what was requested."""
+        """Place what was requested: whole pages where they arrive, whatever else there is in its turn."""
         f.section = "requested pages"
-        await self._load(f, self._new_parser())
+        parser = self._new_parser()
+
+        def place(buf: memoryview) -> int:
+            placed, address = 0, f.front_address
+            while (record := parser.parse_page(buf, placed)) is not None:
+                name, page, body = record
+                self._place_one(self._arrivals[name], page, address + body)
+                placed = body + PAGE
+            return placed
+
+        done = False
+        while not done:
+            await f.take_at_once(place)
+            done = await self._load_some(f, parser)
+
+    def _place_one(self, arrivals: Arrivals, page: int, source: int) -> None:
+        """Place the page that lies at address ``source``, and let go on who waited for it."""
+        assert self._service is not None
+        woken = copy_pages(arrivals.block, page, source, 1, arrivals.has)
+        arrivals.add_page(page)
+        self._service.placed_page(arrivals.block.name, page, woken)
+        self._account(1)
 
     def _new_parser(self) -> RamParser:
         return RamParser({name: arrivals.block.size_bytes for name, arrivals in self._arrivals.items()})
@@ -191,13 +218,13 @@ class RamLoad:
             self._service = None
         self._unregister()
 
-    def _arrivals_of(self, block: str) -> _Arrivals:
+    def _arrivals_of(self, block: str) -> Arrivals:
         if block not in self._arrivals:
             raise RemoteProtocolError(f"Can't find block {block}", expected=", ".join(self._arrivals), found=block)
         return self._arrivals[block]
 
     def _is_received(self, block: str, page: int) -> bool:
-        return self._arrivals[block].received.test(page)
+        return self._arrivals[block].has(page)
 
     def _register(self, block: RamBlockPort) -> None:
         for mapping in block.mappings:
@@ -243,7 +270,7 @@ class RamLoad:
             if self._advised:
                 self._register(block)
             await asyncio.to_thread(punch_hole, block.memfd, 0, block.size_bytes)
-            self._arrivals[name] = _Arrivals(block)
+            self._arrivals[name] = Arrivals(block)
         self._parser.blocks = dict(announced.blocks)
 
     async def _place_pages(self, run: PageRun) -> None:
@@ -263,8 +290,11 @@ class RamLoad:
             for start, end in zip([0, *breaks.tolist()], [*breaks.tolist(), len(pages)], strict=True):
                 self._write_run(arrivals.block, int(pages[start]), run.data[start:end])
             arrivals.add_pages(pages)
-        self._stats.normal += len(pages)
-        self._stats.transferred += len(pages) * PAGE
+        self._account(len(pages))
+
+    def _account(self, pages: int) -> None:
+        self._stats.normal += pages
+        self._stats.transferred += pages * PAGE
 
     def _write_run(self, block: RamBlockPort, page: int, data: NDArray[np.uint8]) -> None:
         for start in range(0, len(data), SCRATCH_PAGES):
@@ -275,18 +305,28 @@ class RamLoad:
             while written < len(flat):
                 written += os.pwrite(block.memfd, flat.data[written:], (page + start) * PAGE + written)
 
-    async def _copy_run(self, arrivals: _Arrivals, page: int, data: NDArray[np.uint8]) -> None:
+    async def _copy_run(self, arrivals: Arrivals, page: int, data: NDArray[np.uint8]) -> None:
         """Place a run in a machine that listens or runs."""
         assert self._service is not None
-        for start in range(0, len(data), COPY_PAGES):
-            part = data[start : start + COPY_PAGES]
+        start = 0
+        while start < len(data):
+            hurries = self._service.hurries
+            limit = URGENT_COPY_PAGES if hurries else COPY_PAGES
+            part = data[start : start + limit]
             flat = self._scratch[: len(part) * PAGE].reshape(-1, PAGE)
             np.copyto(flat, part)
-            copy_pages(arrivals.block, page + start, flat, arrivals.received)
-            arrivals.add_run(page + start, page + start + len(part))
-            self._service.placed(arrivals.block.name)
-            if len(part) == COPY_PAGES:
+            self._copy(arrivals, page + start, flat)
+            start += len(part)
+            if hurries or len(part) == limit:
                 await asyncio.sleep(0)  # an urgent page may have come on its own connection
+
+    def _copy(self, arrivals: Arrivals, page: int, data: NDArray[np.uint8]) -> None:
+        """Place contiguous pages, and let go on who waited for them."""
+        assert self._service is not None
+        source: int = data.__array_interface__["data"][0]
+        woken = copy_pages(arrivals.block, page, source, len(data), arrivals.has)
+        arrivals.add_run(page, page + len(data))
+        self._service.placed_run(arrivals.block.name, page, page + len(data), woken)
 
     async def _place_zeros(self, run: ZeroRun) -> None:
         arrivals = self._arrivals[run.block]
@@ -296,7 +336,7 @@ class RamLoad:
                     await self._copy_run(arrivals, page, np.full((1, PAGE), run.fill, np.uint8))
             else:
                 arrivals.add_holes(run.pages)
-                self._service.placed(run.block)
+                self._service.placed_holes(run.block)
         elif run.fill:
             # QEMU 7.2 loads any fill byte, though nobody sends one but 0.
             arrivals.block.pages[run.pages] = run.fill
@@ -311,59 +351,3 @@ class RamLoad:
 def _punch(memfd: int, ranges: Sequence[tuple[int, int]]) -> None:
     for start, length in ranges:
         punch_hole(memfd, start, length)
-
-
-class _Arrivals:
-    """What has arrived of one block. Everything is added after it was placed."""
-
-    def __init__(self, block: RamBlockPort) -> None:
-        self.block = block
-        self._received = PageBitmap(block.size_bytes // PAGE)
-        self._with_data = PageBitmap(block.size_bytes // PAGE)
-        self._run = range(0)
-        """Pages with data that are not in the bitmaps yet."""
-
-    @property
-    def count(self) -> int:
-        """How many pages have arrived."""
-        return self.received.count
-
-    @property
-    def received(self) -> PageBitmap:
-        """The pages that have arrived."""
-        self._settle()
-        return self._received
-
-    def remove(self, start: int, end: int) -> None:
-        """Forget the pages start..end-1: they were dropped."""
-        self._settle()
-        self._received.clear_range(start, end)
-        self._with_data.clear_range(start, end)
-
-    def add_run(self, start: int, end: int) -> None:
-        """Add the pages start..end-1, which hold data."""
-        if start != self._run.stop:
-            self._settle()
-            self._run = range(start, start)
-        self._run = range(self._run.start, end)
-
-    def add_pages(self, pages: NDArray[np.int64]) -> None:
-        """Add pages that hold data."""
-        self._received.set_pages(pages)
-        self._with_data.set_pages(pages)
-
-    def add_holes(self, pages: NDArray[np.int64]) -> None:
-        """Add pages that are zero."""
-        self._received.set_pages(pages)
-
-    def stale(self, pages: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return which of ``pages`` may hold data from before."""
-        self._settle()
-        return pages[self._with_data.test_pages(pages)]
-
-    def _settle(self) -> None:
-        if not self._run:
-            return
-        for bitmap in (self._received, self._with_data):
-            bitmap.set_range(self._run.start, self._run.stop)
-        self._run = range(0)

@@ -45,6 +45,11 @@ class PageRequests:
         self._last = block
         self._queue.append((block, start // PAGE, (start + length) // PAGE))
 
+    @property
+    def first(self) -> tuple[str, int, int]:
+        """The oldest request."""
+        return self._queue[0]
+
     def pop(self) -> tuple[str, int, int]:
         """Take the oldest request."""
         return self._queue.popleft()

@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 from migrated.model.stats import RamStats
 from migrated.savevm.ports import RamBlockPort
 from migrated.stream.outgoing import OutgoingStream
-from migrated.wire.ram import PAGE, RamEncoder, bodies
+from migrated.wire.ram import PAGE
+from migrated.wire.ram_encoder import RamEncoder, bodies
 
 #: From this mean run length on, reading by system call is faster than gathering from the mapping.
 LONG_RUN_PAGES = 8
+ZERO_PAGE = bytes(PAGE)
 #: Room for the name of a block and the head of a record.
 HEAD_BYTES = 512
 
@@ -43,27 +45,41 @@ class PageSender:
 
     def put_zeros(self, f: OutgoingStream, block: RamBlockPort, pages: NDArray[np.int64]) -> None:
         """Put records that say that pages are zero."""
-        f.put_buffer(self._encoder.zero_run(block.name, pages))
+        f.put_buffer(self.zeros(block, pages))
+
+    def zeros(self, block: RamBlockPort, pages: NDArray[np.int64]) -> bytes:
+        """Return records that say that pages are zero."""
         self._stats.duplicate += len(pages)
+        return self._encoder.zero_run(block.name, pages)
 
     async def send(self, f: OutgoingStream, block: RamBlockPort, pages: NDArray[np.int64]) -> None:
         """Read pages and send them."""
         offsets = self._encoder.body_offsets(block.name, len(pages))
         self._read(block, pages, offsets)
+        await self._send_read(f, block, pages, offsets)
+
+    async def send_run(self, f: OutgoingStream, block: RamBlockPort, first: int, count: int) -> None:
+        """Read ``count`` pages that follow each other, and send them."""
+        offsets = self._encoder.body_offsets(block.name, count)
+        self._read_run(block, first, offsets, self._rows_of(offsets)[:count])
+        await self._send_read(f, block, np.arange(first, first + count), offsets)
+
+    async def _send_read(
+        self, f: OutgoingStream, block: RamBlockPort, pages: NDArray[np.int64], offsets: range
+    ) -> None:
         zero = _zero_pages(self._chunk, offsets)
         if len(zero):
             await self._send_mixed(f, block, pages, offsets, zero)
         else:
             await self._send_records(f, block, pages)
 
-    async def send_one(self, f: OutgoingStream, block: RamBlockPort, page: int) -> None:
-        """Send one page that somebody waits for."""
+    def one(self, block: RamBlockPort, page: int) -> bytes:
+        """Return the record of one page that somebody waits for."""
         content = os.pread(block.memfd, PAGE, page * PAGE)
-        if content.count(0) == PAGE:
-            self.put_zeros(f, block, np.array([page]))
-            return
+        if content == ZERO_PAGE:
+            return self.zeros(block, np.array([page]))
         self._stats.normal += 1
-        await f.send(self._encoder.page(block.name, page, content))
+        return self._encoder.page(block.name, page, content)
 
     async def _send_mixed(
         self,
@@ -96,9 +112,11 @@ class PageSender:
             return
         rows = self._rows_of(offsets)
         for start, end in zip([0, *breaks], [*breaks, len(pages)], strict=True):
-            first = int(pages[start])
-            if os.preadv(block.memfd, rows[start:end], first * PAGE) != (end - start) * PAGE:
-                bodies(self._chunk, offsets[start:end])[:] = block.pages[first : first + end - start]
+            self._read_run(block, int(pages[start]), offsets[start:end], rows[start:end])
+
+    def _read_run(self, block: RamBlockPort, first: int, offsets: range, rows: list[memoryview]) -> None:
+        if os.preadv(block.memfd, rows, first * PAGE) != len(rows) * PAGE:
+            bodies(self._chunk, offsets)[:] = block.pages[first : first + len(rows)]
 
     def _rows_of(self, offsets: range) -> list[memoryview]:
         """Return the bodies of the chunk as buffers; they move only when a record has to name its block."""

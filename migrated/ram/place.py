@@ -11,28 +11,40 @@ from __future__ import annotations
 
 import errno
 import os
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Callable
 
 from migrated.errors import WorkloadError
 from migrated.kernel import userfault_place
-from migrated.model.bitmap import PageBitmap
-from migrated.savevm.ports import RamBlockPort
+from migrated.savevm.ports import RamBlockPort, TrackedMapping
 from migrated.wire.ram import PAGE
 
 
-def copy_pages(block: RamBlockPort, first: int, data: NDArray[np.uint8], received: PageBitmap) -> None:
-    """Place ``data``, shape (n, PAGE) and contiguous, at pages first..first+n-1; ``received`` as it was before.
+def copy_pages(block: RamBlockPort, first: int, source: int, count: int, is_received: Callable[[int], bool]) -> int:
+    """Place ``count`` pages that lie at address ``source`` from page ``first`` on.
+
+    ``is_received`` says of a page whether it was before. Return the userfaultfd whose waiters are awake now.
 
     Raises WorkloadError.
     """
-    source: int = data.__array_interface__["data"][0]
-    count, done = len(data), 0
-    step = count
-    if not block.mappings:
+    mappings = block.mappings
+    if not mappings:
         raise WorkloadError("(gone)", f"nobody maps block {block.name} any more")
-    mapping = block.mappings[0]
+    mapping = mappings[0]
+    # For one page, which somebody waits for, without any detours; what stands in its way is found out below.
+    if count > 1 or userfault_place.copy_page(mapping.userfault, mapping.address + first * PAGE, source):
+        _copy(block, mapping, first, source, count, is_received)
+    return mapping.userfault
+
+
+def _copy(
+    block: RamBlockPort,
+    mapping: TrackedMapping,
+    first: int,
+    source: int,
+    count: int,
+    is_received: Callable[[int], bool],
+) -> None:
+    done, step = 0, count
     while done < count:
         page = first + done
         length = min(step, count - done) * PAGE
@@ -42,7 +54,7 @@ def copy_pages(block: RamBlockPort, first: int, data: NDArray[np.uint8], receive
             case 0:
                 continue
             case errno.EEXIST:
-                _check_repeated(block, first + done, received)
+                _check_repeated(block, first + done, is_received(first + done))
                 done += 1
             case errno.ENOENT if step > 1:
                 # The range crosses from one mapping into the next (the process split it): page by page, then.
@@ -54,8 +66,8 @@ def copy_pages(block: RamBlockPort, first: int, data: NDArray[np.uint8], receive
                 )
 
 
-def _check_repeated(block: RamBlockPort, page: int, received: PageBitmap) -> None:
-    if not received.test(page):
+def _check_repeated(block: RamBlockPort, page: int, received: bool) -> None:
+    if not received:
         raise WorkloadError(
             ", ".join(sorted({mapping.workload for mapping in block.mappings})),
             f"page {page} of block {block.name} was touched past its userfaultfd before it had arrived: what is there"

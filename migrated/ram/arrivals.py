@@ -1,0 +1,82 @@
+"""What has arrived of a block.
+
+The rule of the file: a page is added after it was placed. Runs that follow each other are kept as one until somebody
+asks: the bits would cost as much as the copying, taken 64 at a time.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from migrated.model.bitmap import PageBitmap
+from migrated.savevm.ports import RamBlockPort
+from migrated.wire.ram import PAGE
+
+
+class Arrivals:
+    """What has arrived of one block."""
+
+    def __init__(self, block: RamBlockPort) -> None:
+        self.block = block
+        self._received = PageBitmap(block.size_bytes // PAGE)
+        self._with_data = PageBitmap(block.size_bytes // PAGE)
+        self._run = range(0)
+        """Pages with data that are not in the bitmaps yet."""
+
+    @property
+    def count(self) -> int:
+        """How many pages have arrived."""
+        return self.received.count
+
+    @property
+    def received(self) -> PageBitmap:
+        """The pages that have arrived."""
+        if self._run:
+            self._settle()
+        return self._received
+
+    def has(self, page: int) -> bool:
+        """Say whether a page has arrived."""
+        return page in self._run or self._received.test(page)
+
+    def remove(self, start: int, end: int) -> None:
+        """Forget the pages start..end-1: they were dropped."""
+        self._settle()
+        self._received.clear_range(start, end)
+        self._with_data.clear_range(start, end)
+
+    def add_run(self, start: int, end: int) -> None:
+        """Add the pages start..end-1, which hold data."""
+        if start != self._run.stop:
+            self._settle()
+            self._run = range(start, start)
+        self._run = range(self._run.start, end)
+
+    def add_page(self, page: int) -> None:
+        """Add one page that holds data."""
+        if self._run:
+            self._settle()
+        self._received.set(page)
+        self._with_data.set(page)
+
+    def add_pages(self, pages: NDArray[np.int64]) -> None:
+        """Add pages that hold data."""
+        self._received.set_pages(pages)
+        self._with_data.set_pages(pages)
+
+    def add_holes(self, pages: NDArray[np.int64]) -> None:
+        """Add pages that are zero."""
+        self._received.set_pages(pages)
+
+    def stale(self, pages: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return which of ``pages`` may hold data from before."""
+        self._settle()
+        return pages[self._with_data.test_pages(pages)]
+
+    def _settle(self) -> None:
+        if not self._run:
+            return
+        for bitmap in (self._received, self._with_data):
+            bitmap.set_range(self._run.start, self._run.stop)
+        self._run = range(0)

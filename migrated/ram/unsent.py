@@ -1,0 +1,86 @@
+"""What a source has left to send, and where its background goes on.
+
+The rule of the file: a page is in one of the two bitmaps of its block, or sent; who takes one out sends it. Pages that
+are holes in the memfd are kept apart: they are announced as zeros without being read; a write to one makes it dirty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from migrated.model.bitmap import PageBitmap
+from migrated.savevm.ports import RamBlockPort
+from migrated.wire.ram import PAGE
+
+ZERO_RECORD_BYTES = 9
+
+
+class Unsent:
+    """Dirty pages and holes of all blocks, by block name, and a cursor."""
+
+    def __init__(self, blocks: Sequence[RamBlockPort]) -> None:
+        self.blocks = blocks
+        self.dirty = {block.name: PageBitmap(block.size_bytes // PAGE) for block in blocks}
+        self.holes = {block.name: PageBitmap(block.size_bytes // PAGE) for block in blocks}
+        self._numbers = {block.name: number for number, block in enumerate(blocks)}
+        self._number = 0
+        self.page = 0
+        """The cursor within `block`."""
+
+    @property
+    def block(self) -> RamBlockPort:
+        """The block in which the background goes on."""
+        return self.blocks[self._number]
+
+    @property
+    def bytes_left(self) -> int:
+        """How much memory is not sent."""
+        return (self._count(self.dirty) + self._count(self.holes)) * PAGE
+
+    @property
+    def wire_bytes(self) -> int:
+        """About how much that is on the wire."""
+        return self._count(self.dirty) * PAGE + self._count(self.holes) * ZERO_RECORD_BYTES
+
+    @staticmethod
+    def _count(bitmaps: dict[str, PageBitmap]) -> int:
+        return sum(bitmap.count for bitmap in bitmaps.values())
+
+    def split(self, name: str, dirty: PageBitmap, holes: PageBitmap) -> None:
+        """Replace both bitmaps of a block."""
+        self.dirty[name], self.holes[name] = dirty, holes
+
+    def forget_holes(self) -> None:
+        """Take dirty pages out of the holes, whose announcement could otherwise overwrite newer content."""
+        for name, holes in self.holes.items():
+            if holes.count:
+                holes.subtract(self.dirty[name])
+
+    def left(self, block: RamBlockPort) -> PageBitmap:
+        """Return everything that is not sent of a block."""
+        both = PageBitmap(block.size_bytes // PAGE)
+        both.or_update(self.dirty[block.name])
+        both.or_update(self.holes[block.name])
+        return both
+
+    # -- the cursor --------------------------------------------------------------------------------------------
+
+    def rewind(self) -> None:
+        """Go back to the beginning."""
+        self._number = self.page = 0
+
+    def next_block(self) -> None:
+        """Go to the beginning of the next block."""
+        self._number = (self._number + 1) % len(self.blocks)
+        self.page = 0
+
+    def go_behind(self, name: str, page: int) -> int | None:
+        """Go on behind a page. Return how far away the cursor was; None: in another block."""
+        number = self._numbers[name]
+        distance = abs(page - self.page) if number == self._number else None
+        self._number, self.page = number, page + 1
+        return distance
+
+    def named(self, name: str) -> RamBlockPort:
+        """Return a block."""
+        return self.blocks[self._numbers[name]]
