@@ -173,6 +173,12 @@ class IncomingStream:
         self.consume(count)
         return data
 
+    async def look_at(self, count: int) -> bytes:
+        """Return the next ``count`` bytes and leave them where they are."""
+        while self._end - self._start < count:
+            await self.fill()
+        return bytes(self._view[self._start : self._start + count])
+
     async def read_into(self, target: memoryview) -> None:
         """Fill all of ``target``, without a copy beyond what is buffered."""
         got = min(len(target), self._end - self._start)
@@ -191,7 +197,7 @@ class IncomingStream:
         try:
             need = next(parser)
             while True:
-                need = parser.send(await self.read_exactly(need))
+                need = parser.send(await (self.read_exactly(need) if need > 0 else self.look_at(-need)))
         except StopIteration as done:
             return cast(T, done.value)
         except RemoteProtocolError as error:

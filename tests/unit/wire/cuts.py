@@ -59,11 +59,12 @@ def largest_piece(parser: Parser[object], data: bytes) -> int:
     try:
         need = next(parser)
         while True:
-            assert need > 0
-            largest = max(largest, need)
+            assert need
+            largest = max(largest, abs(need))
             if at + need > len(data):
                 return largest
-            at, piece = at + need, data[at : at + need]
+            piece = data[at : at + abs(need)]
+            at += max(need, 0)
             need = parser.send(piece)
     except (StopIteration, RemoteProtocolError):
         return largest

@@ -41,3 +41,10 @@ def test_says_where_the_bytes_ended() -> None:
         feed(take(2, 4), [b"abc"])
     error = caught.value
     assert (error.what, error.offset, error.expected, error.found) == ("truncated", 2, "4 bytes", "1 bytes")
+
+
+@given(st.binary(max_size=6), st.integers(1, 9), CUTS)
+def test_shows_what_comes_and_leaves_it(data: bytes, count: int, cuts: list[float]) -> None:
+    assert feed(take(-count), cut(data, cuts)) == [data[:count]]
+    whole = data + b"more"
+    assert feed(take(-count, len(whole)), cut(whole, cuts)) == [whole[:count], whole]

@@ -1,0 +1,96 @@
+"""The text behind a stream that says what its FULL sections consist of, for tools such as analyze-migration.py.
+
+The rule of the file: an entry stands for exactly the bytes of its section, or it is not used. Who has no description is
+one buffer. Standard library only: the client imports this module. Source of the shape: QEMU 7.2; sizes are those of one
+element, and a subsection's head (a byte, a counted name, a version) is not in its fields.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from migrated.errors import RemoteProtocolError
+
+#: analyze-migration.py looks for the description in the last 10 MB of a file.
+TEXT_MAX_BYTES = 10 << 20
+PAGE_SIZE = 4096
+#: An element type, a name's length, a version.
+_SUBSECTION_HEAD_BYTES = 1 + 1 + 4
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceEntry:
+    """A FULL section as it went out. ``described``: vmsd_name, version, fields; empty where nobody described it."""
+
+    idstr: str
+    instance_id: int
+    body_bytes: int
+    described: Mapping[str, Any]
+
+    def shown(self) -> dict[str, Any]:
+        """Return the entry as the text has it."""
+        return {"name": self.idstr, "instance_id": self.instance_id, **(self.described or self._opaque())}
+
+    def opaque(self) -> DeviceEntry:
+        """Return the entry without its description."""
+        return DeviceEntry(self.idstr, self.instance_id, self.body_bytes, {})
+
+    def _opaque(self) -> dict[str, Any]:
+        return {"size": self.body_bytes, "fields": [buffer_entry("data", self.body_bytes)]}
+
+
+def buffer_entry(name: str, size: int) -> dict[str, Any]:
+    """Describe bytes that nobody says more about."""
+    return {"name": name, "type": "buffer", "size": size}
+
+
+def describe(entries: Sequence[DeviceEntry], limit: int = TEXT_MAX_BYTES) -> str:
+    """Return the VMDESCRIPTION; one that is too long for a tool to find it says of each section only how long it is."""
+    text = _text(entries)
+    return text if len(text) <= limit else _text([entry.opaque() for entry in entries])
+
+
+def _text(entries: Iterable[DeviceEntry]) -> str:
+    # Only ASCII: so many characters are so many bytes.
+    return json.dumps({"page_size": PAGE_SIZE, "devices": [entry.shown() for entry in entries]})
+
+
+def framed(name: str, version_id: int, size: int, state: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Describe a state of ``size`` bytes behind a be32 that says so."""
+    inside = (
+        buffer_entry("state", size)
+        if state is None
+        else {"name": "state", "type": "struct", "struct": state, "size": size}
+    )
+    fields = [{"name": "size", "type": "uint32", "size": 4}, inside]
+    return {"vmsd_name": name, "version": version_id, "fields": fields}
+
+
+def described_bytes(described: Mapping[str, Any]) -> int:
+    """Return how many bytes a table (vmsd_name, version, fields) stands for.
+
+    Raises RemoteProtocolError when it is none: it may come from somebody else.
+    """
+    try:
+        return _bytes_of(described)
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RemoteProtocolError("no description of a state", found=f"{error!r}"[:80]) from error
+
+
+def _bytes_of(described: Mapping[str, Any]) -> int:
+    if not (isinstance(described["vmsd_name"], str) and isinstance(described["version"], int)):
+        raise TypeError("vmsd_name, version")
+    total = 0
+    for entry in described["fields"]:
+        count, size = entry.get("array_len", 1), entry["size"]
+        if not (isinstance(entry["name"], str) and isinstance(entry["type"], str)) or min(count, size) < 0:
+            raise TypeError("name, type, size")
+        if "struct" in entry and _bytes_of(entry["struct"]) != size:
+            raise TypeError(f"size of {entry['name']}"[:40])
+        total += count * size
+    for sub in described.get("subsections", ()):
+        total += _SUBSECTION_HEAD_BYTES + len(sub["vmsd_name"].encode()) + _bytes_of(sub)
+    return total

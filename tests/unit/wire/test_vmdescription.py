@@ -1,0 +1,87 @@
+"""The text behind a stream stands for exactly the bytes of its sections."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from migrated.errors import RemoteProtocolError
+from migrated.wire.vmdescription import DeviceEntry, describe, described_bytes, framed
+
+BYTE = {"name": "a", "type": "uint8", "size": 1}
+TABLE = {"vmsd_name": "dev", "version": 1, "fields": [BYTE]}
+
+
+def test_a_device_without_a_description_is_one_buffer() -> None:
+    assert describe([DeviceEntry("held", 3, 5, {})]) == (
+        '{"page_size": 4096, "devices": [{"name": "held", "instance_id": 3, "size": 5,'
+        ' "fields": [{"name": "data", "type": "buffer", "size": 5}]}]}'
+    )
+
+
+def test_a_described_device_is_its_table() -> None:
+    assert describe([DeviceEntry("dev", 0, 1, TABLE)]) == (
+        '{"page_size": 4096, "devices": [{"name": "dev", "instance_id": 0, "vmsd_name": "dev", "version": 1,'
+        ' "fields": [{"name": "a", "type": "uint8", "size": 1}]}]}'
+    )
+
+
+def test_a_text_that_no_tool_would_find_says_only_how_long_sections_are() -> None:
+    entries = [DeviceEntry("dev", 0, 1, TABLE), DeviceEntry("ü", 0, 2, {})]
+    whole = describe(entries)
+    assert describe(entries, len(whole.encode())) == whole
+    assert [device["size"] for device in json.loads(describe(entries, len(whole) - 1))["devices"]] == [1, 2]
+
+
+@pytest.mark.parametrize(("state", "kind"), [(None, "buffer"), (TABLE, "struct")])
+def test_a_framed_state(state: Any, kind: str) -> None:
+    table = framed("cpu", 2, 1, state)
+    assert (table["vmsd_name"], table["version"], described_bytes(table)) == ("cpu", 2, 5)
+    assert [entry["type"] for entry in table["fields"]] == ["uint32", kind]
+
+
+def test_sizes_add_up() -> None:
+    array = {"name": "r", "array_len": 3, "type": "uint16", "size": 2}
+    inner = {"name": "s", "type": "struct", "struct": TABLE, "size": 1}
+    sub = {"vmsd_name": "dev/sub", "version": 1, "fields": [BYTE]}
+    whole = {"vmsd_name": "dev", "version": 1, "fields": [array, inner], "subsections": [sub]}
+    assert described_bytes(whole) == 3 * 2 + 1 + (1 + 1 + 7 + 4 + 1)
+
+
+def deep(levels: int) -> dict[str, Any]:
+    table = TABLE
+    for _ in range(levels):
+        table = {
+            "vmsd_name": "d",
+            "version": 1,
+            "fields": [{"name": "x", "type": "struct", "struct": table, "size": 1}],
+        }
+    return table
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {},
+        [],
+        None,
+        {**TABLE, "vmsd_name": 5},
+        {**TABLE, "version": "1"},
+        {**TABLE, "fields": 5},
+        {**TABLE, "fields": [5]},
+        {**TABLE, "fields": [{**BYTE, "name": 5}]},
+        {**TABLE, "fields": [{**BYTE, "type": None}]},
+        {**TABLE, "fields": [{**BYTE, "size": -1}]},
+        {**TABLE, "fields": [{**BYTE, "size": "1"}]},
+        {**TABLE, "fields": [{**BYTE, "array_len": -1}]},
+        {**TABLE, "fields": [{"name": "s", "type": "struct", "struct": TABLE, "size": 2}]},
+        {**TABLE, "subsections": [{"vmsd_name": 5}]},
+        {**TABLE, "subsections": 5},
+        deep(5000),
+    ],
+)
+def test_what_is_no_description(table: Any) -> None:
+    with pytest.raises(RemoteProtocolError, match="no description of a state"):
+        described_bytes(table)
