@@ -13,9 +13,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, overload
 
 from migrated.client.connection import Connection, ConnectionLost, Exchange
+from migrated.client.described import described_device
 from migrated.client.errors import AttachError, AttachRefused
 from migrated.client.gate import Gate, State
 from migrated.client.orders import Device, OrderBook
@@ -23,6 +24,7 @@ from migrated.errors import KernelError
 from migrated.kernel import memory, userfault
 from migrated.wire import attach as wire
 from migrated.wire.attach_fields import MAX_NAME_BYTES
+from migrated.wire.vmstate import Description
 
 #: Where `attach()` looks for the socket when it is not told.
 PATH_VARIABLE = "MIGRATED_ATTACH"
@@ -137,6 +139,7 @@ class Machine:
                 mapping.close()
                 os.close(memfd)
 
+    @overload
     def device(
         self,
         name: str,
@@ -145,14 +148,38 @@ class Machine:
         load: Callable[[bytes, int], object],
         version_id: int = 1,
         instance_id: int = 0,
+        priority: int = 0,
+    ) -> None: ...
+
+    @overload
+    def device(self, name: str, *, vmstate: Description, state: object, instance_id: int = 0) -> None: ...
+
+    def device(
+        self,
+        name: str,
+        *,
+        save: Callable[[], bytes] | None = None,
+        load: Callable[[bytes, int], object] | None = None,
+        vmstate: Description | None = None,
+        state: object = None,
+        version_id: int = 1,
+        instance_id: int = 0,
+        priority: int = 0,
     ) -> None:
         """Declare a device: ``save() -> bytes`` gives its state, ``load(state, version_id)`` takes one.
 
-        Both are called on this library's own thread while the machine is stopped. Raises AttachRefused.
+        Or: the object ``state`` is the device, and travels as the description ``vmstate`` says. Everything is called on
+        this library's own thread while the machine is stopped. Raises AttachRefused.
         """
         self._cooperative_only("device()")
         _check_name(name)
-        device = Device(name, instance_id, version_id, save, load)
+        if vmstate is not None and save is None and load is None:
+            device = described_device(name, instance_id, vmstate, state)
+        elif save is not None and load is not None and vmstate is None:
+            give = save
+            device = Device(name, instance_id, version_id, priority, lambda: (give(), ""), load)
+        else:
+            raise ValueError(f"device {name!r} needs either save= and load=, or vmstate= and state=")
         key = name, instance_id
         if key in self._orders.devices:
             raise ValueError(f"device {name}/{instance_id} is declared already")
@@ -325,7 +352,9 @@ def _map_request(name: str, mapping: memory.Mapping) -> Callable[[int], wire.Fro
 
 
 def _device_request(device: Device) -> Callable[[int], wire.FromWorkload]:
-    return lambda number: wire.DeviceRequest(number, device.name, device.instance_id, device.version_id)
+    return lambda number: wire.DeviceRequest(
+        number, device.name, device.instance_id, device.version_id, device.priority
+    )
 
 
 def _default_name() -> str:

@@ -27,7 +27,9 @@ class Device:
     name: str
     instance_id: int
     version_id: int
-    save: Callable[[], bytes]
+    priority: int
+    save: Callable[[], tuple[bytes, str]]
+    """Gives the state, and what it consists of (JSON) where that is known."""
     restore: Callable[[bytes, int], object]
 
 
@@ -119,7 +121,7 @@ class OrderBook:
             self._gate.enter(State.RUNNING)
 
     def _save(self, order: attach.Save) -> None:
-        state = self._find(order.device, order.instance_id).save()
+        state, description = self._find(order.device, order.instance_id).save()
         if not isinstance(state, bytes | bytearray | memoryview):
             raise TypeError(f"save() returned {type(state).__name__}, expected bytes")
         content = memoryview(state).cast("B")
@@ -130,7 +132,7 @@ class OrderBook:
             written = 0
             while written < len(content):
                 written += os.pwrite(memfd, content[written:], written)
-            self._answer(attach.Saved(order.id), [memfd])
+            self._answer(attach.Saved(order.id, description), [memfd])
         finally:
             os.close(memfd)
 

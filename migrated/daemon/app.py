@@ -33,6 +33,7 @@ from migrated.daemon.record import FileRecordStore
 from migrated.daemon.workload_command import WorkloadCommand
 from migrated.devices.attached import register_device, unregister_device
 from migrated.devices.global_state import register_global_state
+from migrated.devices.kept import KeptSections
 from migrated.errors import ConfigError, MigratedError
 from migrated.machine.attach import AttachServer
 from migrated.machine.machine import Machine
@@ -140,6 +141,7 @@ class Daemon:
             lock=lock,
             ownership=ownership,
             global_state=register_global_state(registry),
+            kept=KeptSections(registry),
             settings=settings,
             completeness=[load.check_complete],
             postcopy_save=save,

@@ -1,7 +1,8 @@
 """Device state that lives in an attached workload, as a handler of the registry.
 
 The rule of the file: the state is opaque here. On the wire it is one FULL section: be32 length, then the bytes the
-workload gave. A length is believed only as far as bytes arrive.
+workload gave. A length is believed only as far as bytes arrive. What the workload says its bytes are is passed on to
+the VMDESCRIPTION, if it is that long.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from migrated.savevm.ports import DevicePort
 from migrated.savevm.registry import SaveVMRegistry
 from migrated.stream.incoming import IncomingStream
 from migrated.stream.outgoing import OutgoingStream
+from migrated.wire.vmdescription import framed, parse_described
 
 #: The attach protocol's limit for one device's state.
 STATE_MAX_BYTES = 1 << 30
@@ -22,9 +24,11 @@ class AttachedDevice:
 
     async def save_state(self, f: OutgoingStream, device: DevicePort) -> None:
         """Ask the workload and write what it gives."""
-        state = await device.save()
-        f.put_be32(len(state))
-        await f.send(state)
+        saved = await device.save()
+        size = len(saved.state)
+        f.put_be32(size)
+        await f.send(saved.state)
+        f.describe(framed(device.idstr, device.version_id, size, parse_described(saved.described, size)))
 
     async def load_state(self, f: IncomingStream, device: DevicePort, version_id: int) -> None:
         """Read the state and wait until the workload has taken it."""
@@ -39,7 +43,9 @@ class AttachedDevice:
 def register_device(registry: SaveVMRegistry, device: DevicePort) -> None:
     """Register a device that a workload declared."""
     ops = SaveVMHandlers.of(AttachedDevice())
-    registry.register_savevm_live(device.idstr, device.instance_id, device.version_id, ops, device)
+    registry.register_savevm_live(
+        device.idstr, device.instance_id, device.version_id, ops, device, priority=device.priority
+    )
 
 
 def unregister_device(registry: SaveVMRegistry, device: DevicePort) -> None:

@@ -147,7 +147,7 @@ class Declarations:
             raise ClaimRefused(f"no new device: {why}", again=True)
         if len(self.devices) >= MAX_DEVICES:
             raise ClaimRefused("too many devices", expected=f"at most {MAX_DEVICES}", found=str(MAX_DEVICES + 1))
-        device = WorkloadDevice(workload, request.name, request.instance_id, request.version_id)
+        device = WorkloadDevice(workload, request)
         try:
             self._on_device_declared(device)
         except MigratedError as error:

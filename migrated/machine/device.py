@@ -6,16 +6,19 @@ The rule of the file: nothing but the link between a declared name and the workl
 from __future__ import annotations
 
 from migrated.machine.workload import Workload
+from migrated.savevm.ports import DeviceState
+from migrated.wire.attach import DeviceRequest
 
 
 class WorkloadDevice:
     """A DevicePort."""
 
-    def __init__(self, owner: Workload, idstr: str, instance_id: int, version_id: int) -> None:
+    def __init__(self, owner: Workload, request: DeviceRequest) -> None:
         self._owner = owner
-        self.idstr = idstr
-        self.instance_id = instance_id
-        self.version_id = version_id
+        self.idstr = request.name
+        self.instance_id = request.instance_id
+        self.version_id = request.version_id
+        self.priority = request.priority
 
     @property
     def workload(self) -> str:
@@ -27,7 +30,7 @@ class WorkloadDevice:
         """True when its workload said that everything is declared."""
         return self._owner.ready
 
-    async def save(self) -> bytes:
+    async def save(self) -> DeviceState:
         """Ask the workload for the state. Raises WorkloadError."""
         return await self._owner.save_device(self.idstr, self.instance_id)
 

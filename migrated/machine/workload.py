@@ -18,6 +18,7 @@ from contextlib import asynccontextmanager
 
 from migrated.errors import ChannelError, KernelError, RemoteProtocolError, WorkloadError
 from migrated.kernel import memory, process
+from migrated.savevm.ports import DeviceState
 from migrated.transport.fd_socket import FdSocket
 from migrated.wire import attach
 
@@ -128,14 +129,15 @@ class Workload:
 
     # -- devices -----------------------------------------------------------------------------------------------
 
-    async def save_device(self, device: str, instance_id: int) -> bytes:
+    async def save_device(self, device: str, instance_id: int) -> DeviceState:
         """Return the state of one of its devices. Raises WorkloadError."""
         what = f"saving device {device}/{instance_id}"
-        _, fds = await self._ask(
+        saved, fds = await self._ask(
             what, lambda number: attach.Save(number, device, instance_id), attach.Saved, DEVICE_TIMEOUT_S
         )
+        assert isinstance(saved, attach.Saved)
         try:
-            return await asyncio.to_thread(_read_state, fds[0])
+            return DeviceState(await asyncio.to_thread(_read_state, fds[0]), saved.description)
         except (KernelError, ValueError) as error:
             raise WorkloadError(self.name, f"{what}: {error}") from error
         finally:

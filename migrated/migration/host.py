@@ -19,6 +19,8 @@ from migrated.model.runstate import RunState
 from migrated.savevm.iothread_lock import IothreadLock
 from migrated.savevm.ports import MachinePort, PostcopyLoadPort, PostcopySavePort
 from migrated.savevm.registry import SaveVMRegistry
+from migrated.stream.incoming import IncomingStream
+from migrated.wire.section import SectionHeader
 
 Emit = Callable[[str, dict[str, object]], None]
 
@@ -32,6 +34,16 @@ class GlobalStatePort(Protocol):
     received: RunState | None
 
     def store(self, run_state: RunState) -> None: ...
+
+
+class KeptSectionsPort(Protocol):
+    """Sections that nothing here takes, and that travel on with the machine."""
+
+    async def keep(self, f: IncomingStream, header: SectionHeader, *, from_qemu: bool) -> int: ...
+
+    def forget(self) -> None: ...
+
+    def known_to_qemu(self) -> list[str]: ...
 
 
 @dataclass(slots=True)
@@ -63,6 +75,7 @@ class Host:
     lock: IothreadLock
     ownership: Ownership
     global_state: GlobalStatePort
+    kept: KeptSectionsPort
     settings: Settings
     completeness: Sequence[Callable[[], None]]
     """Each raises RemoteProtocolError when a stream has ended and something is missing."""

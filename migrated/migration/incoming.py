@@ -23,13 +23,14 @@ from migrated.errors import (
     OutcomeUnknown,
     RemoteProtocolError,
 )
+from migrated.migration.announcement import Announcement
 from migrated.migration.handshake import read_preamble
 from migrated.migration.host import OPTIONAL_SECTIONS, Host, first_error, insist, without_frames
 from migrated.migration.incoming_link import IncomingLink
 from migrated.migration.ownership import Hold
 from migrated.migration.postcopy_target import PostcopyTarget
 from migrated.migration.progress import Progress
-from migrated.migration.return_path import PeerKind
+from migrated.migration.return_path import SETUP_PING, PeerKind
 from migrated.migration.take_over import TakeOver
 from migrated.model.status import INCOMING, MigrationStatus, StatusCell
 from migrated.stream.incoming import PATIENCE, IncomingStream
@@ -73,6 +74,7 @@ class IncomingMigration:
         """True once memory or devices of this host may have been overwritten."""
         self.peer = channel.peer
         self._link = IncomingLink(channel, host.settings)
+        self._announcement = Announcement(host)
         self._take_over = TakeOver(host, self._link, migration_id, autostart)
         self._group: asyncio.TaskGroup | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -155,6 +157,8 @@ class IncomingMigration:
         self.status.advance(MigrationStatus.FAILED)
         if isinstance(error, OutcomeUnknown):
             return
+        if not self._take_over.begun:
+            self._host.kept.forget()
         if not self._link.return_path.opened:
             # A source that cannot be told must not get rid of its bytes: it would take that for success.
             self._link.channel.abort()
@@ -244,7 +248,9 @@ class IncomingMigration:
             idstr = await self._host.registry.load_state(stream, header, listening=True)
         else:
             async with self._host.lock:
-                idstr = await self._host.registry.load_state(stream, header, missing=self._wait_for_device)
+                idstr = await self._host.registry.load_state(
+                    stream, header, missing=self._wait_for_device, keep=self._keep if self._keeps() else None
+                )
         await stream.run(parse_footer(header.section_id, idstr))
 
     async def _begin(self) -> None:
@@ -265,6 +271,7 @@ class IncomingMigration:
             if host.ownership.record.hold is Hold.NONE:
                 await host.ownership.become(Hold.PARTIAL, peer=self.peer, migration_id=self.migration_id)
             self.touched = True
+            host.kept.forget()
             await host.registry.load_setup(self._link.stream)
             if self.postcopy.advised:
                 host.postcopy_load.advise()
@@ -275,10 +282,20 @@ class IncomingMigration:
             self._link.stream.idle_timeout_s = None
 
     async def _wait_for_device(self, idstr: str, instance_id: int) -> None:
+        await self._announcement.check(self._device_patience_s())
+        await self._host.machine.wait_declared([], [idstr], self._device_patience_s())
+
+    def _device_patience_s(self) -> float:
         # The machine may stand still at the source by now, and its patience after the last byte is limited: our reason
         # has to be there before it calls the outcome unknown.
-        patience_s = min(self._host.attach_timeout_s, self._host.settings.seconds("x-migrated-answer-timeout") / 2)
-        await self._host.machine.wait_declared([], [idstr], patience_s)
+        return min(self._host.attach_timeout_s, self._host.settings.seconds("x-migrated-answer-timeout") / 2)
+
+    def _keeps(self) -> bool:
+        return bool(self._host.settings.parameters.get("x-migrated-keep-unknown-sections"))
+
+    async def _keep(self, f: IncomingStream, header: SectionHeader) -> None:
+        size = await self._host.kept.keep(f, header, from_qemu=self._link.kind is PeerKind.QEMU)
+        self._host.log.warning("section_kept", idstr=header.idstr, instance_id=header.instance_id, bytes=size)
 
     async def _command(self, stream: IncomingStream, header: CommandHeader) -> bool:
         """Take a command; True when nothing more is to be read of ``stream`` here."""
@@ -291,11 +308,15 @@ class IncomingMigration:
                 value = parse_ping(header.payload)
                 if not self._link.return_path.opened:
                     raise RemoteProtocolError(f"CMD_PING ({value:#x}) received with no return path")
+                if value == SETUP_PING:
+                    await self._announcement.check(self._device_patience_s())
                 await self.postcopy.ping(value, in_package=stream is not self._link.stream)
                 if value == PEER_PING:
                     await self._link.return_path.greet()
                     # A `migrated` source pings when it has nothing to say; silence means it is gone.
                     self._link.expect_element()
+            case Command.X_SECTIONS:
+                self._announcement.take(header.payload)
             case Command.PACKAGED if self._package is None:
                 self._package = await stream.get_buffer(parse_packaged(header.payload))
                 return True

@@ -293,6 +293,7 @@ class Migrator:
             await ownership.become(Hold.NONE)
             self._host.machine.set_run_state(RunState.INMIGRATE)
         await self._host.machine.release()
+        self._host.kept.forget()
 
     async def resolve(self, peer_is_fenced: bool, peer_is_running: bool) -> None:
         """End an unknown outcome by an operator's word (``x-migrated-resolve``)."""

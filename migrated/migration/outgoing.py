@@ -35,7 +35,8 @@ from migrated.stream.incoming import IncomingStream
 from migrated.stream.outgoing import OutgoingStream
 from migrated.transport.channel import Channel
 from migrated.transport.file import FileChannel
-from migrated.wire.command import PEER_PING, Command, ping_payload
+from migrated.wire.announcement import encode_announcement
+from migrated.wire.command import FEATURE_SECTIONS, PEER_PING, Command, ping_payload
 from migrated.wire.postcopy import encode_advise
 from migrated.wire.section import Configuration
 
@@ -255,6 +256,7 @@ class OutgoingMigration:
     async def _phases(self, f: OutgoingStream, channel: Channel) -> None:
         await self._greet(f)
         self._advise(f)
+        await self._announce(f)
         await self._host.registry.save_setup(f)
         await self._wait_for_destination(f)
         self._progress.setup_done()
@@ -312,12 +314,18 @@ class OutgoingMigration:
         await f.drain()
         self.kind = await self._return_path.wait_kind(settings.silence_timeout_s())
         if self.kind is PeerKind.QEMU:
-            names = await self._host.registry.device_names(besides=OPTIONAL_SECTIONS)
+            known = [*OPTIONAL_SECTIONS, *self._host.kept.known_to_qemu()]
+            names = await self._host.registry.device_names(besides=known)
             if names:
                 raise CommandError(
                     f"the peer at {self.peer} is a QEMU, and a QEMU exits on sections it does not know: "
                     + ", ".join(names)
                 )
+
+    async def _announce(self, f: OutgoingStream) -> None:
+        """Say which sections follow: a destination that cannot take them all says so before any page is sent."""
+        if self._return_path is not None and self._return_path.features & FEATURE_SECTIONS:
+            f.put_buffer(encode_announcement(await self._host.registry.announcement()))
 
     async def _wait_for_destination(self, f: OutgoingStream) -> None:
         """Send no page before the destination has its blocks: its workload may still be on the way."""

@@ -4,8 +4,8 @@ The rule of the file: the reader never decides what an end of the connection mea
 Before the last byte a broken return path ends the migration (the source goes on), after it the outcome is unknown.
 
 Peer detection (a peer extension that needs nothing of a QEMU): the source sends PING with a magic value, then PING 1.
-Both kinds of peer echo both; a `migrated` daemon sends a PONG with another magic value in between, unasked. PONG 1
-ends the detection, so no timer is involved.
+Both kinds of peer echo both; a `migrated` daemon sends two more in between, unasked: one with another magic value, and
+one that says what it understands. PONG 1 ends the detection, so no timer is involved.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from migrated.errors import (
 from migrated.model.faults import FaultFigures, FaultSummary
 from migrated.stream.incoming import IncomingStream
 from migrated.transport.channel import Channel, SocketChannel
-from migrated.wire.command import PEER_PONG
+from migrated.wire.command import FEATURE_SECTIONS, PEER_FEATURES, PEER_FEATURES_MASK, PEER_PONG
 from migrated.wire.return_path import (
     Faults,
     Pong,
@@ -92,6 +92,8 @@ class ReturnPathReader:
         self._bitmaps_complete = asyncio.Event()
         self._resumed = asyncio.Event()
         self._greeted = False
+        self.features = 0
+        """What a `migrated` destination understands besides (FEATURE_...)."""
         self._reason = ""
 
     async def read(self) -> None:
@@ -133,10 +135,7 @@ class ReturnPathReader:
                 if not self.kind.done():
                     self.kind.set_exception(self.refusal() or ChannelClosed("the destination refused the stream"))
             case Pong(value=value):
-                self._greeted |= value == PEER_PONG
-                if value == FIRST_PING and not self.kind.done():
-                    self.kind.set_result(PeerKind.MIGRATED if self._greeted else PeerKind.QEMU)
-                self._pongs[value].set()
+                self._take_pong(value)
             case Reason(text=text):
                 self._reason = text
             case RequestPages(start=start, length=length, block=block):
@@ -153,6 +152,14 @@ class ReturnPathReader:
                 raise RemoteProtocolError(
                     f"{type(message).__name__} belongs to a feature that is not on", section="return path"
                 )
+
+    def _take_pong(self, value: int) -> None:
+        self._greeted |= value == PEER_PONG
+        if value & PEER_FEATURES_MASK == PEER_FEATURES:
+            self.features = value & ~PEER_FEATURES_MASK
+        if value == FIRST_PING and not self.kind.done():
+            self.kind.set_result(PeerKind.MIGRATED if self._greeted else PeerKind.QEMU)
+        self._pongs[value].set()
 
     async def _take_bitmap(self, block: str) -> None:
         if block not in self._bitmap_pages or block in self._bitmaps:
@@ -242,7 +249,7 @@ class ReturnPathWriter:
     async def greet(self) -> None:
         """Show a `migrated` source that this is one, too."""
         self.peer = PeerKind.MIGRATED
-        await self._send(encode_pong(PEER_PONG))
+        await self._send(encode_pong(PEER_PONG) + encode_pong(PEER_FEATURES | FEATURE_SECTIONS))
 
     def request_pages(self, block: str, start: int, length: int) -> None:
         """Ask for pages that somebody waits for, at once; what does not go now, `deliver` sends."""

@@ -11,7 +11,6 @@ one the outcome is unknown.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable
 
 from migrated.errors import ChannelError, OutcomeUnknown, PeerRefused, ProtocolError
@@ -90,7 +89,7 @@ class Switchover:
         self._on_commit()
         await self._host.ownership.become(Hold.RELEASED, peer=channel.peer, migration_id=self._migration_id)
         self._progress.ledger.mark("record", self._host.clock())
-        f.put_end_of_stream(describe(f))
+        f.put_end_of_stream()
         self.handed_over = True
         sent = channel.bytes_sent
         try:
@@ -151,17 +150,3 @@ class Switchover:
 
     def _unknown(self, why: object) -> OutcomeUnknown:
         return OutcomeUnknown(f"{why}; {self._host.ownership.text()}. Next: {self._host.ownership.next_step()}")
-
-
-def describe(f: OutgoingStream) -> str:
-    """Return the VMDESCRIPTION of what was written: every FULL section as one buffer."""
-    devices = [
-        {
-            "name": section.idstr,
-            "instance_id": section.instance_id,
-            "size": section.body_bytes,
-            "fields": [{"name": "data", "size": section.body_bytes, "type": "buffer"}],
-        }
-        for section in f.full_sections
-    ]
-    return json.dumps({"page_size": 4096, "devices": devices})

@@ -56,6 +56,14 @@ class RamBlockPort(Protocol):
     def mappings(self) -> Sequence[TrackedMapping]: ...
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceState:
+    """What a device gave: its bytes, and what they are (JSON in the shape of the VMDESCRIPTION), empty if not said."""
+
+    state: bytes
+    described: str = ""
+
+
 class DevicePort(Protocol):
     """The state of one device that lives in an attached workload."""
 
@@ -66,9 +74,11 @@ class DevicePort(Protocol):
     @property
     def version_id(self) -> int: ...
     @property
+    def priority(self) -> int: ...
+    @property
     def workload(self) -> str: ...
 
-    async def save(self) -> bytes:
+    async def save(self) -> DeviceState:
         """Ask the workload for the device's state. Raises WorkloadError (named, with a deadline)."""
         ...
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -29,6 +29,7 @@ from migrated.savevm.iothread_lock import IothreadLock
 from migrated.stream.blocking import BlockingIncoming
 from migrated.stream.incoming import IncomingStream
 from migrated.stream.outgoing import OutgoingStream
+from migrated.wire.announcement import AnnouncedSection
 from migrated.wire.section import SectionHeader, SectionType
 
 ANY_INSTANCE = -1
@@ -59,6 +60,12 @@ class MissingSections(Protocol):
     """Asked when a stream names a section that nobody registered (yet); returns once it may be looked up again."""
 
     async def __call__(self, idstr: str, instance_id: int) -> None: ...
+
+
+class KeepSection(Protocol):
+    """Offered a FULL section that nobody registered, before its body; takes it whole, up to its footer."""
+
+    async def __call__(self, f: IncomingStream, header: SectionHeader) -> None: ...
 
 
 class SaveVMRegistry:
@@ -106,6 +113,11 @@ class SaveVMRegistry:
             if entry.idstr == idstr and entry.instance_id == instance_id:
                 return entry
         return None
+
+    def takes(self, idstr: str, instance_id: int) -> bool:
+        """Say whether a section of this name would be loaded here."""
+        entry = self.find(idstr, instance_id)
+        return entry is not None and entry.ops.load_state is not None
 
     def section_ids(self) -> list[tuple[str, int]]:
         """Return (idstr, instance id) of every entry, in list order."""
@@ -189,6 +201,15 @@ class SaveVMRegistry:
         active = {entry.section_id: entry for hook in hooks for entry in await self._active(hook)}
         return [f"{e.idstr}/{e.instance_id}" for e in active.values() if e.idstr not in known]
 
+    async def announcement(self) -> list[AnnouncedSection]:
+        """List the handlers that would send now, in list order."""
+        announced = []
+        for entry in list(self._entries):
+            live = entry.ops.save_setup is not None or entry.ops.save_live_complete_precopy is not None
+            if (live or entry.ops.save_state) and await self._test(entry, "is_active", default=True):
+                announced.append(AnnouncedSection(entry.idstr, entry.instance_id, entry.version_id, live))
+        return announced
+
     # -- loading -----------------------------------------------------------------------------------------------
 
     async def load_setup(self, f: IncomingStream) -> None:
@@ -205,16 +226,21 @@ class SaveVMRegistry:
         header: SectionHeader,
         *,
         missing: MissingSections | None = None,
+        keep: KeepSection | None = None,
         listening: bool = False,
     ) -> str:
         """Feed one section's body to its handler and return its idstr; the caller reads the footer.
 
-        Lock held, except for sections read after postcopy LISTEN. ``missing`` may wait for a late registration.
+        Lock held, except for sections read after postcopy LISTEN. ``missing`` may wait for a late registration;
+        ``keep`` takes FULL sections that nobody registered.
         """
         if listening:
             self._lock.assert_not_held("load_state after LISTEN")
         else:
             self._lock.assert_held("load_state")
+        if keep is not None and header.kind is SectionType.FULL and not self.takes(header.idstr, header.instance_id):
+            await keep(f, header)
+            return header.idstr
         if header.kind in (SectionType.START, SectionType.FULL):
             entry = await self._find_for_load(header, missing)
             self._loading[header.section_id] = (entry, header.version_id)
@@ -233,25 +259,30 @@ class SaveVMRegistry:
         self._lock.assert_held("load_cleanup")
         return await self._cleanup("load_cleanup")
 
-    async def not_loaded(self, *, besides: Iterable[str] = ()) -> list[str]:
-        """Name the handlers that would have sent a section here and got none from this stream."""
+    async def not_loaded(
+        self, *, besides: Iterable[str] = (), loaded: Collection[tuple[str, int]] | None = None
+    ) -> list[str]:
+        """Name the handlers that would have sent a section here and got none from this stream.
+
+        ``loaded``: (idstr, instance id) of those that will get one, instead of those that did.
+        """
         names = []
+        got = self._loaded if loaded is None else loaded
         optional = set(besides)
         for entry in self._entries:
             saves = entry.ops.save_state or entry.ops.save_live_complete_precopy
             if saves is None or entry.ops.load_state is None or entry.idstr in optional:
                 continue
-            if (entry.idstr, entry.instance_id) in self._loaded:
+            if (entry.idstr, entry.instance_id) in got:
                 continue
             if await self._test(entry, "is_active", default=True):
                 names.append(f"{entry.idstr}/{entry.instance_id}")
         return names
 
     async def _find_for_load(self, header: SectionHeader, missing: MissingSections | None) -> SaveStateEntry:
-        entry = self.find(header.idstr, header.instance_id)
-        if entry is None and missing is not None:
+        if missing is not None and not self.takes(header.idstr, header.instance_id):
             await missing(header.idstr, header.instance_id)
-            entry = self.find(header.idstr, header.instance_id)
+        entry = self.find(header.idstr, header.instance_id)
         if entry is None or entry.ops.load_state is None:
             raise RemoteProtocolError(
                 f"Unknown savevm section or instance '{header.idstr}' {header.instance_id}. Make sure that your current"

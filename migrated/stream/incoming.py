@@ -10,6 +10,7 @@ record) must be there after `PATIENCE` times that, so that one byte every few se
 
 from __future__ import annotations
 
+import re
 import struct
 import time
 from collections.abc import Callable
@@ -36,6 +37,8 @@ T = TypeVar("T")
 BUFFER_BYTES = 1 << 20
 #: The largest thing a parser may ask for in one piece; larger bodies are taken with `read_into`.
 PIECE_MAX_BYTES = 64 << 10
+#: A footer and the byte behind it.
+PATTERN_MAX_BYTES = 6
 #: How many silence timeouts one piece may take in all.
 PATIENCE = 3
 
@@ -178,6 +181,27 @@ class IncomingStream:
         while self._end - self._start < count:
             await self.fill()
         return bytes(self._view[self._start : self._start + count])
+
+    async def read_until(self, pattern: re.Pattern[bytes], limit: int) -> bytes:
+        """Return what comes before ``pattern``, at most ``limit`` bytes; what it matches is left where it is."""
+        body = bytearray()
+        while True:
+            found = pattern.search(self.peek())
+            # What is at the end of the buffer may be the beginning of it.
+            take = found.start() if found else max(self._end - self._start - PATTERN_MAX_BYTES, 0)
+            if len(body) + take > limit:
+                raise RemoteProtocolError(
+                    "a body without end",
+                    section=self.section,
+                    offset=self.offset,
+                    expected=f"at most {limit} bytes",
+                    found="more",
+                )
+            body += self.peek()[:take]
+            self.consume(take)
+            if found:
+                return bytes(body)
+            await self.fill()
 
     async def read_into(self, target: memoryview) -> None:
         """Fill all of ``target``, without a copy beyond what is buffered."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from migrated.errors import LocalProtocolError
 from migrated.model.stats import BandwidthMeter
@@ -27,20 +27,12 @@ from migrated.wire.section import (
     encode_stream_header,
     encode_vmdescription,
 )
+from migrated.wire.vmdescription import DeviceEntry, describe, described_bytes
 
 Buffer = bytes | bytearray | memoryview
 
 #: A handler that puts more than this between two drains has a bug; device states beyond it use `send`.
 BUFFER_MAX_BYTES = 64 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class WrittenSection:
-    """A FULL section as it went out, for the VMDESCRIPTION."""
-
-    idstr: str
-    instance_id: int
-    body_bytes: int
 
 
 class OutgoingStream:
@@ -63,7 +55,8 @@ class OutgoingStream:
         self._sending = False
         self._open: SectionHeader | None = None
         self._body_start = 0
-        self.full_sections: list[WrittenSection] = []
+        self._described: Mapping[str, Any] = {}
+        self._full_sections: list[DeviceEntry] = []
 
     @property
     def position(self) -> int:
@@ -149,6 +142,11 @@ class OutgoingStream:
         self.put_buffer(encode_section_header(header))
         self._open = header
         self._body_start = self.position
+        self._described = {}
+
+    def describe(self, described: Mapping[str, Any]) -> None:
+        """Say what the body of the open section consists of (vmsd_name, version, fields), for the VMDESCRIPTION."""
+        self._described = described
 
     def end_section(self, section_id: int) -> None:
         """Put the footer of the open section."""
@@ -157,11 +155,13 @@ class OutgoingStream:
             raise LocalProtocolError(f"section {section_id} ends without being open")
         if header.kind is SectionType.FULL:
             body = self.position - self._body_start
-            self.full_sections.append(WrittenSection(header.idstr, header.instance_id, body))
+            if self._described and described_bytes(self._described) != body:
+                raise LocalProtocolError(f"section {header.idstr} has {body} bytes, and is described otherwise")
+            self._full_sections.append(DeviceEntry(header.idstr, header.instance_id, body, self._described))
         self.put_buffer(encode_footer(section_id))
         self._open = None
 
-    def put_end_of_stream(self, description: str) -> None:
-        """Put EOF and the VMDESCRIPTION: the last bytes the destination needs."""
+    def put_end_of_stream(self) -> None:
+        """Put EOF and the VMDESCRIPTION of what was put: the last bytes the destination needs."""
         self.put_buffer(EOF_BYTE)
-        self.put_buffer(encode_vmdescription(description))
+        self.put_buffer(encode_vmdescription(describe(self._full_sections)))

@@ -28,6 +28,10 @@ MAX_BLOCK_BYTES = 1 << 46
 MAX_ADDRESS = (1 << 64) - 1
 #: A device state travels as a memfd that both ends read into memory.
 MAX_STATE_BYTES = 1 << 30
+#: In JSON inside of JSON a character may take two: this fits a message in any case. What is longer is left out.
+MAX_DESCRIPTION_BYTES = 30_000
+#: QEMU's priorities are 0 to 8.
+MAX_PRIORITY = 255
 #: Ids and versions stay within what every language's JSON library can hold exactly (2^53) and the stream has (2^32).
 MAX_ID = (1 << 53) - 1
 MAX_UINT32 = (1 << 32) - 1
@@ -102,6 +106,7 @@ class DeviceRequest:
     name: str = _name()
     instance_id: int = _field(Integer(0, MAX_UINT32), 0)
     version_id: int = _field(Integer(0, MAX_UINT32), 1)
+    priority: int = _field(Integer(0, MAX_PRIORITY), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +144,13 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """Answer to `Save`. Descriptor: a sealable memfd whose whole content is the state."""
+    """Answer to `Save`. Descriptor: a sealable memfd whose whole content is the state.
+
+    ``description`` says what the bytes are: JSON of the shape that a device has in the VMDESCRIPTION.
+    """
 
     id: int = _id()
+    description: str = _field(Text(0, MAX_DESCRIPTION_BYTES), "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,8 @@ class Command(IntEnum):
     POSTCOPY_RESUME = 9
     RECV_BITMAP = 10
     SWITCHOVER_START = 11
+    #: A peer extension, see `wire.announcement`.
+    X_SECTIONS = 0x4D01
 
 
 #: Payload bytes; None where the length varies and the command's own parser checks it.
@@ -45,7 +47,9 @@ LENGTHS: dict[Command, int | None] = {
     Command.POSTCOPY_RESUME: 0,
     Command.RECV_BITMAP: None,
     Command.SWITCHOVER_START: 0,
+    Command.X_SECTIONS: None,
 }
+_KNOWN = frozenset(LENGTHS)
 #: The length field has 16 bits.
 PAYLOAD_MAX_BYTES = 0xFFFF
 
@@ -53,6 +57,10 @@ PAYLOAD_MAX_BYTES = 0xFFFF
 #: and a second, unasked PONG(PEER_PONG) ("MIGD"), which a QEMU source would ignore.
 PEER_PING = 0x4D494752
 PEER_PONG = 0x4D494744
+#: What else a `migrated` destination understands, in one more PONG unasked: the upper half is "MF", the lower one bits.
+PEER_FEATURES = 0x4D460000
+PEER_FEATURES_MASK = 0xFFFF0000
+FEATURE_SECTIONS = 0x0001
 #: Postcopy between two `migrated` daemons ("MIGC"): the source lets go of the machine. The echo says that it runs.
 COMMIT_PING = 0x4D494743
 
@@ -70,7 +78,7 @@ def encode_command(command: Command, payload: bytes = b"") -> bytes:
 def check_command(header: CommandHeader) -> Command:
     """Return the command a header names. Raises RemoteProtocolError for an unknown number or a wrong length."""
     length = len(header.payload)
-    if header.number == Command.INVALID or header.number > max(Command):
+    if header.number not in _KNOWN:
         raise RemoteProtocolError(
             f"MIG_CMD {header.number:#x} unknown (len {length:#x})", section="command", found=str(header.number)
         )

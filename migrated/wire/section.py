@@ -8,6 +8,7 @@ Source of the format: QEMU 7.2's migration stream, version 3; error texts are QE
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -231,6 +232,12 @@ def encode_section_header(header: SectionHeader) -> bytes:
 
 def encode_footer(section_id: int) -> bytes:
     return bytes([SectionType.FOOTER]) + encode_be32(section_id)
+
+
+def footer_pattern(section_id: int) -> re.Pattern[bytes]:
+    """Return what finds a section's footer together with the beginning of the element behind it."""
+    following = bytes(sorted({SectionType.EOF, SectionType.COMMAND, *SECTION_KINDS}))
+    return re.compile(re.escape(encode_footer(section_id)) + b"(?=[" + re.escape(following) + b"])", re.DOTALL)
 
 
 def parse_element(first: int | None = None) -> Parser[Element]:

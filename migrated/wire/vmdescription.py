@@ -1,7 +1,7 @@
 """The text behind a stream that says what its FULL sections consist of, for tools such as analyze-migration.py.
 
 The rule of the file: an entry stands for exactly the bytes of its section, or it is not used. Who has no description is
-one buffer. Standard library only: the client imports this module. Source of the shape: QEMU 7.2; sizes are those of one
+one buffer. Source of the shape: QEMU 7.2; sizes are those of one
 element, and a subsection's head (a byte, a counted name, a version) is not in its fields.
 """
 
@@ -67,6 +67,15 @@ def framed(name: str, version_id: int, size: int, state: Mapping[str, Any] | Non
     )
     fields = [{"name": "size", "type": "uint32", "size": 4}, inside]
     return {"vmsd_name": name, "version": version_id, "fields": fields}
+
+
+def parse_described(text: str, size: int) -> dict[str, Any] | None:
+    """Return the table that somebody gave for a state of ``size`` bytes; None where it is none, or of another state."""
+    try:
+        described = json.loads(text)
+        return described if described_bytes(described) == size else None
+    except (ValueError, RecursionError, RemoteProtocolError):
+        return None
 
 
 def described_bytes(described: Mapping[str, Any]) -> int:

@@ -31,19 +31,8 @@ from migrated.wire.vmstate_rows import (
     Unattached,
     Validate,
 )
-from migrated.wire.vmstate_struct import (
-    Description,
-    LinkedList,
-    Nullable,
-    Pointer,
-    Saved,
-    Struct,
-    Temporary,
-    Tree,
-    VMState,
-    load_state,
-    save_state,
-)
+from migrated.wire.vmstate_struct import LinkedList, Nullable, Pointer, Struct, Temporary, Tree
+from migrated.wire.vmstate_table import Description, Saved, VMState, load_state, save_state
 
 __all__ = [
     "Description", "Element", "Saved", "VMState", "array", "array_2d", "array_of_pointer", "bitmap", "boolean",

@@ -14,8 +14,8 @@ from tests.integration.conftest import MakeSite
 from tests.support.following import assert_still_runs, run_state, wait_status, wait_until
 from tests.support.proxy import Proxy
 
-#: Four PONGs (magic, its greeting, 1, 2) of eight bytes: what comes after them is the answer.
-PONGS_BYTES = 32
+#: Five PONGs (magic, its greeting, its features, 1, 2) of eight bytes: what comes after them is the answer.
+PONGS_BYTES = 40
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from migrated.control.ports import EventCallback, Services
 from migrated.errors import CommandError
 from migrated.model.parameters import Capabilities, Parameters
 from migrated.model.runstate import RunState
-from migrated.savevm.ports import DevicePort, RamBlockPort, TrackedMapping
+from migrated.savevm.ports import DevicePort, DeviceState, RamBlockPort, TrackedMapping
 
 
 class FakeMigrator:
@@ -136,8 +136,9 @@ class FakeDevice:
     workload: str
     instance_id: int = 0
     version_id: int = 1
+    priority: int = 0
 
-    async def save(self) -> bytes:
+    async def save(self) -> DeviceState:
         raise NotImplementedError
 
     async def load(self, state: bytes, version_id: int) -> None:

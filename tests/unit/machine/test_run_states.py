@@ -15,6 +15,7 @@ from migrated.kernel.process import all_tasks_stopped
 from migrated.machine.admission import ADMISSION, Facts
 from migrated.model.runstate import RunState
 from migrated.ram.dirty import DirtyLog
+from migrated.savevm.ports import DeviceState
 from migrated.wire.attach import CLIENT_STATES
 from tests.support.attached import Process, Site, raw_client, workload
 
@@ -504,10 +505,10 @@ with attach(name="dev") as machine:
         assert (good.idstr, good.instance_id, good.version_id, good.workload) == ("good", 0, 1, "dev")
         large = os.urandom(3 << 20)
         await good.load(large, 1)
-        assert await good.save() == large[::-1]
-        assert await empty.save() == b""
+        assert await good.save() == DeviceState(large[::-1])
+        assert await empty.save() == DeviceState(b"")
         await good.load(b"", 1)
-        assert await good.save() == b""
+        assert await good.save() == DeviceState(b"")
         with pytest.raises(WorkloadError, match="workload dev: saving device bad/0: ValueError: no\nway"):
             await bad.save()
         with pytest.raises(WorkloadError, match="workload dev: loading device bad/0: ValueError"):

@@ -43,6 +43,9 @@ class Bench:
     def incoming(self, data: bytes = b"") -> IncomingStream:
         channel = MemoryChannel()
         channel.feed(data, eof=True)
+        return self.incoming_from(channel)
+
+    def incoming_from(self, channel: MemoryChannel) -> IncomingStream:
         return IncomingStream(channel, silence_timeout_s=lambda: 5.0)
 
     async def sent(self) -> bytes:

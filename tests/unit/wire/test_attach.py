@@ -18,6 +18,7 @@ ids = st.integers(0, attach.MAX_ID)
 uint32 = st.integers(0, attach.MAX_UINT32)
 names = st.text(st.characters(categories=["L", "N", "P"]), min_size=1, max_size=50)
 errors = st.text(st.characters(exclude_categories=["Cs"]), max_size=1000)
+priorities = st.integers(0, attach.MAX_PRIORITY)
 sizes = st.integers(1, attach.MAX_BLOCK_BYTES)
 
 FROM_WORKLOAD = st.one_of(
@@ -32,10 +33,11 @@ FROM_WORKLOAD = st.one_of(
     ),
     st.builds(attach.BlockRequest, id=ids, name=names, size=sizes, page_size=st.integers(1, 1 << 20)),
     st.builds(attach.MapRequest, id=ids, name=names, address=st.integers(0, attach.MAX_ADDRESS), size=sizes),
-    st.builds(attach.DeviceRequest, id=ids, name=names, instance_id=uint32, version_id=uint32),
-    st.sampled_from(
-        [attach.Ready, attach.Standby, attach.Stopped, attach.Running, attach.Saved, attach.Loaded]
-    ).flatmap(lambda cls: st.builds(cls, id=ids)),
+    st.builds(attach.DeviceRequest, id=ids, name=names, instance_id=uint32, version_id=uint32, priority=priorities),
+    st.sampled_from([attach.Ready, attach.Standby, attach.Stopped, attach.Running, attach.Loaded]).flatmap(
+        lambda cls: st.builds(cls, id=ids)
+    ),
+    st.builds(attach.Saved, id=ids, description=names),
     st.just(attach.Bye()),
     st.builds(attach.Failed, id=ids, error=errors),
 )
@@ -71,6 +73,21 @@ def test_workload_messages_come_back_as_they_were(message: attach.FromWorkload) 
 @given(FROM_DAEMON)
 def test_daemon_messages_come_back_as_they_were(message: attach.FromDaemon) -> None:
     assert attach.parse_from_daemon(attach.encode_message(message)) == message
+
+
+@pytest.mark.parametrize("character", ['"', "\\", "ü", "a"])
+def test_a_description_fits_a_message_whatever_is_in_it(character: str) -> None:
+    text = character * (attach.MAX_DESCRIPTION_BYTES // len(character.encode()))
+    saved = attach.Saved(attach.MAX_ID, text)
+    packet = attach.encode_message(saved)
+    assert len(packet) <= attach.MAX_MESSAGE_BYTES
+    assert attach.parse_from_workload(packet) == saved
+
+
+def test_an_older_client_says_nothing_of_what_came_later() -> None:
+    assert attach.parse_from_workload(b'{"type":"saved","id":1}') == attach.Saved(1, "")
+    device = attach.parse_from_workload(b'{"type":"device","id":1,"name":"cpu"}')
+    assert device == attach.DeviceRequest(1, "cpu", 0, 1, 0)
 
 
 def test_the_strategies_cover_every_message() -> None:

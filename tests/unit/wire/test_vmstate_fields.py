@@ -18,7 +18,7 @@ from migrated.wire.pull import feed
 from migrated.wire.vmdescription import described_bytes
 from migrated.wire.vmstate import VMState, dump, parse_body, restore, save_state
 from migrated.wire.vmstate_rows import Loading, Row
-from migrated.wire.vmstate_struct import load_state
+from migrated.wire.vmstate_table import load_state
 from tests.unit.wire.cuts import largest_piece, refusal
 
 
