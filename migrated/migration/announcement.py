@@ -48,12 +48,10 @@ class Announcement:
         if not refused:
             return
         sent = {(section.idstr, section.instance_id) for section in self._sections}
-        missing = await self._host.registry.not_loaded(besides=OPTIONAL_SECTIONS, loaded=sent)
-        raise RemoteProtocolError(
-            f"this host has nothing that takes {', '.join(refused)}",
-            section="the list of sections",
-            expected="what is here" + (f" ({', '.join(missing)} would stay without state)" if missing else ""),
-        )
+        text = f"nothing here takes {', '.join(refused)}"
+        if missing := await self._host.registry.not_loaded(besides=OPTIONAL_SECTIONS, loaded=sent):
+            text += f"; and nothing comes for {', '.join(missing)}"
+        raise RemoteProtocolError(text, section="list of sections", expected="the devices and handlers of the source")
 
     def _unknown(self) -> list[AnnouncedSection]:
         keep = self._host.settings.parameters.get("x-migrated-keep-unknown-sections")

@@ -131,6 +131,6 @@ def test_a_device_that_the_destination_lacks_is_no_unknown_outcome(make_site: Ma
     b.qmp.execute("migrate-set-parameters", {"x-migrated-answer-timeout": 1000})
     a.qmp.execute("migrate", {"uri": b.address})
     figures = wait_status(a, {"failed"})
-    assert "device picky" in figures["error-desc"]
+    assert "nothing here takes picky/0" in figures["error-desc"]
     assert figures["x-migrated-outcome"] == "source-owns"
     assert_still_runs(a)

@@ -23,8 +23,8 @@ def make_site(tmp_path: Path) -> Iterator[MakeSite]:
     """Return a function that starts a daemon with a walker; everything ends with the test."""
     with ExitStack() as stack:
 
-        def make(name: str, *, ram_bytes: int = 16 * MIB, **options: Any) -> Site:
-            return stack.enter_context(Site(name, tmp_path, ram_bytes=ram_bytes, **options))
+        def make(name: str, *, ram_bytes: int = 16 * MIB, kind: type[Site] = Site, **options: Any) -> Site:
+            return stack.enter_context(kind(name, tmp_path, ram_bytes=ram_bytes, **options))
 
         yield make
 

@@ -1,6 +1,6 @@
 """An independent reader of captured migration streams, in the manner of QEMU's analyze-migration script.
 
-The rule of the file: written from the description of the format and nothing else (it imports nothing of the product),
+The rule of the file: written from the description of the format and nothing else (nothing of the product is imported),
 plain and slow, and strict: whatever is not exactly as described is a `BadStreamError` with the offset.
 
     QEVM, version 3, CONFIGURATION, [ COMMAND ]*, [ section, footer ]*, EOF, VMDESCRIPTION, and nothing behind it
@@ -17,10 +17,13 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from tests.support.dissect_fields import BadFieldsError, read_section
+
 PAGE = 4096
 KINDS = {1: "START", 2: "PART", 3: "END", 4: "FULL"}
 #: Commands.
 PING, ADVISE, LISTEN, RUN, DISCARD, PACKAGED, RESUME, RECV_BITMAP = 2, 3, 4, 5, 6, 7, 9, 10
+SECTIONS = 0x4D01
 #: Bits of a page record's first word.
 ZERO, MEM_SIZE, WHOLE, EOS, CONTINUE = 0x02, 0x04, 0x08, 0x10, 0x20
 
@@ -59,6 +62,8 @@ class Dissection:
     seen: dict[str, set[int]] = field(default_factory=dict)
     description: dict[str, Any] = field(default_factory=dict)
     description_length: int = 0
+    states: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
+    """The fields of every device, as the description says how to read them."""
     borders: list[int] = field(default_factory=list)
     """Offsets at which an element begins."""
     discarded: dict[str, set[int]] = field(default_factory=dict)
@@ -244,6 +249,13 @@ class _Dissector:
         sent = [(s.idstr, s.instance, len(s.body)) for s in self.found.devices()]
         if listed != sent:
             raise self._bad(f"the description lists {listed}, the stream has {sent}")
+        for section, entry in zip(self.found.devices(), self.found.description["devices"], strict=True):
+            try:
+                self.found.states[section.idstr, section.instance] = read_section(entry, section.body)
+            except BadFieldsError as error:
+                raise self._bad(str(error)) from error
+            if entry.get("version", section.version) != section.version:
+                raise self._bad(f"{section.idstr} is v{section.version}, and described as v{entry['version']}")
 
     def _check_order(self) -> None:
         """START before PART before END of each live section; all of them before the first FULL one."""
@@ -327,6 +339,8 @@ class _PostcopyDissector(_Dissector):
             self._discard(payload)
         elif number == PACKAGED:
             self._package(int.from_bytes(payload, "big"))
+        elif number == SECTIONS and not self.found.blocks:
+            return  # a list of what follows, for a `migrated` destination
         elif number != PING and self._advised:
             raise self._bad(f"command {number} at this place")
 
