@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -19,23 +21,26 @@ from migrated.savevm.handlers import SaveVMHandlers
 from migrated.wire.command import Command
 from migrated.wire.return_path import Message
 from tests.house.repository import ROOT, run
+from tests.support.dissect import dissect
 from tests.support.documented import EXAMPLES, Host, Lines
 from tests.support.following import wait_until
 
 DOCS = ROOT / "docs"
-JOURNAL = '[handlers]\nload = ["journal:register"]\n'
+HANDLERS = '[handlers]\nload = ["journal:register", "moves:register"]\n'
+
+GUIDES = {"workload-guide.md": ("counter.py", "journal.py"), "device-guide.md": ("thermostat.py", "moves.py")}
 
 # -- examples ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def hosts(tmp_path: Path) -> Iterator[tuple[Host, Host]]:
-    """Two daemons that wait for machines, with the journal handler loaded."""
+    """Two daemons that wait for machines, with the handlers of the documents loaded."""
     with ExitStack() as stack:
 
         def start(name: str) -> Host:
             environment = {"JOURNAL_FILE": str(tmp_path / f"{name}.journal")}
-            return stack.enter_context(Host(tmp_path / name, config=JOURNAL, environment=environment))
+            return stack.enter_context(Host(tmp_path / name, config=HANDLERS, environment=environment))
 
         yield start("A"), start("B")
 
@@ -70,6 +75,43 @@ def test_the_counter_moves_there_and_back(hosts: tuple[Host, Host], tmp_path: Pa
     assert follow(there, here, arrived["count"])["journey"] == [here.pid, there.pid, here.pid]
 
 
+def test_the_thermostat_moves_and_the_daemon_counts_it(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    a, b = hosts
+    for host in hosts:
+        (tmp_path / f"{host.directory.name}.journal").touch()
+    here = a.run_example("thermostat.py", a.attach_socket)
+    there = b.run_example("thermostat.py", b.attach_socket)
+    wait_until(lambda: all(host.qmp.execute("x-migrated-query-machine")["devices"] for host in hosts), "attached")
+    a.qmp.execute("cont")
+    while here.wait_for("reading")[1]["override"] == 0:
+        continue
+    migrate(a, b)
+    before, _ = here.wait_for("moved")
+    _, arrived = there.wait_for("reading")
+    assert arrived["reading"] > 20_004
+    assert not before or arrived["reading"] == before[-1]["reading"] + 1
+    assert (arrived["override"], len(arrived["program"])) == (22_000, 2)
+    capture = tmp_path / "machine.state"
+    b.qmp.execute("migrate", {"uri": f"file:{capture}"})
+    wait_until(lambda: b.qmp.execute("query-migrate")["status"] == "completed", "saved")
+    found = dissect(capture.read_bytes())
+    assert found.states["moves", 0]["count"] == 1
+    assert found.states["thermostat", 0]["state"]["thermostat/override"] == {"override": 22_000}
+
+
+def test_what_the_device_guide_says_of_tests_is_true() -> None:
+    """Run the guide's block of tests."""
+    (block,) = re.findall(
+        r"```python\n(# test_thermostat.py\n.*?)```", (DOCS / "device-guide.md").read_text(), re.DOTALL
+    )
+    names = re.findall(r"^def (test_\w+)", block, re.MULTILINE)
+    assert len(names) == 3
+    program = block + "".join(f"{name}()\n" for name in names)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(EXAMPLES)])}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def follow(source: Lines, target: Lines, count: int) -> dict[str, Any]:
     """Check that the target goes on with the number after the source's last one; return its first line."""
     before, moved = source.wait_for("moved")
@@ -80,9 +122,10 @@ def follow(source: Lines, target: Lines, count: int) -> dict[str, Any]:
 
 
 def test_the_guide_shows_the_examples_as_they_are() -> None:
-    guide = (DOCS / "workload-guide.md").read_text()
-    for example in ("counter.py", "journal.py"):
-        assert f"```python\n{(EXAMPLES / example).read_text()}```" in guide, example
+    for guide, examples in GUIDES.items():
+        text = (DOCS / guide).read_text()
+        for example in examples:
+            assert f"```python\n{(EXAMPLES / example).read_text()}```" in text, example
 
 
 @pytest.mark.limit(300)

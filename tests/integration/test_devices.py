@@ -16,6 +16,7 @@ from tests.integration.conftest import MIB, MakeSite
 from tests.support.described import shown, state
 from tests.support.dissect import dissect
 from tests.support.following import run_state, wait_status, wait_until
+from tests.support.proxy import Proxy
 
 HANDLERS = '[handlers]\nload = ["tests.support.described:register"]\n'
 SHORT = "[workload]\nattach-timeout = 1\n"
@@ -232,3 +233,80 @@ def test_several_workloads_each_with_a_block_and_devices(
     there = b2.state()
     assert there["devices"] == a2.state()["devices"] == {"chip/1": of(7), "bank/0": of(8)}
     assert there["memory"] == 7
+
+
+# -- postcopy ------------------------------------------------------------------------------------------------------
+
+#: 1 MiB takes a while: time to look at a postcopy that is under way.
+SLOW_BPS = 256 << 10
+
+
+@pytest.fixture
+def pair(make: Callable[..., DescribedSite]) -> tuple[DescribedSite, DescribedSite]:
+    """Two sites with devices and handlers, both with postcopy on; the machine runs at the first, and leaves slowly."""
+    a = make("A", "chip", handlers="clock gauge", seed=1)
+    b = make("B", "chip", handlers="clock gauge", seed=50)
+    for site in (a, b):
+        on = [{"capability": "postcopy-ram", "state": True}]
+        site.qmp.execute("migrate-set-capabilities", {"capabilities": on})
+    running(a)
+    a.qmp.execute("migrate-set-parameters", {"max-postcopy-bandwidth": SLOW_BPS})
+    return a, b
+
+
+def leave(a: Site, uri: str) -> None:
+    a.qmp.execute("migrate", {"uri": uri})
+    a.qmp.execute("migrate-start-postcopy")
+
+
+def record(site: Site) -> str:
+    return str(site.qmp.execute("x-migrated-query-ownership")["record"])
+
+
+def test_states_are_there_before_the_memory_and_outlive_the_connection(
+    pair: tuple[DescribedSite, DescribedSite], tmp_path: Path
+) -> None:
+    a, b = pair
+    here, handlers = a.state(), handlers_hold(a, tmp_path)
+    with Proxy(("127.0.0.1", int(b.address.rpartition(":")[2]))) as link:
+        leave(a, link.uri)
+        wait_until(lambda: record(a) == "moved", "B runs it")
+        b.wait_event("running")
+        assert record(b) == "incomplete"
+        assert (b.state(), handlers_hold(b, tmp_path)) == (here, handlers)
+        link.cut()
+        a.qmp.execute("migrate-set-parameters", {"max-postcopy-bandwidth": 0})
+        wait_status(a, {"completed"})
+    assert record(b) == "owner"
+    assert (b.state(), handlers_hold(b, tmp_path)) == (here, handlers)
+
+
+def test_a_state_that_is_refused_in_the_package_leaves_the_source_as_it_was(
+    pair: tuple[DescribedSite, DescribedSite], tmp_path: Path
+) -> None:
+    a, b = pair
+    here, handlers = a.state(), handlers_hold(a, tmp_path)
+    (tmp_path / f"{b.daemon.pid}.refuse").touch()
+    leave(a, b.address)
+    assert "post-load failed: clock: " in wait_status(a, {"failed"})["error-desc"]
+    assert (run_state(a), run_state(b)) == ("running", "inmigrate")
+    (tmp_path / f"{b.daemon.pid}.refuse").unlink()
+    a.qmp.execute("migrate-set-parameters", {"max-postcopy-bandwidth": 0})
+    leave(a, b.address)
+    wait_status(a, {"completed"})
+    b.wait_event("running")
+    assert (b.state(), handlers_hold(b, tmp_path)) == (here, handlers)
+
+
+def test_a_daemon_that_dies_takes_its_handlers_with_it_and_a_workload_keeps_its_devices(
+    pair: tuple[DescribedSite, DescribedSite], tmp_path: Path
+) -> None:
+    a, b = pair
+    here, handlers = a.state(), handlers_hold(a, tmp_path)
+    leave(a, b.address)
+    wait_until(lambda: record(a) == "moved", "B runs it")
+    b.wait_event("running")
+    b.restart_daemon()
+    assert record(b) == "incomplete"
+    assert handlers_hold(b, tmp_path) != handlers
+    assert b.state() == here

@@ -5,8 +5,8 @@ part behind "/" is the instance, behind "@" the version, behind "+" the priority
 ``state`` on stdin is answered with what every device holds.
 
 In a daemon: ``[handlers] load = ["tests.support.described:register"]``. The environment variable DESCRIBED_HANDLERS
-names the devices, separated by blanks; what they hold is in the file DESCRIBED_DIR/PID.json, written on each load and
-read before each save, as a real handler would look at what it is about.
+names the devices, separated by blanks; what they hold is written to the file DESCRIBED_DIR/PID.json at each load, which
+is refused while there is a file DESCRIBED_DIR/PID.refuse.
 """
 
 from __future__ import annotations
@@ -103,6 +103,8 @@ def register(registry: Any, machine: Any) -> None:
     held: dict[str, SimpleNamespace] = {}
 
     def write(obj: Any, version_id: int) -> None:
+        if file.with_suffix(".refuse").exists():
+            raise ValueError("told to refuse")
         file.write_text(json.dumps({name: shown(one) for name, one in held.items()}))
 
     for number, text in enumerate(os.environ.get("DESCRIBED_HANDLERS", "").split()):
@@ -143,6 +145,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with attach(arguments.attach, name=arguments.name) as machine:
         memory = machine.ram(arguments.block, arguments.ram)
+        memory[:] = os.urandom(arguments.ram)  # pages of zeros take no time
         memory[:8] = arguments.seed.to_bytes(8, "big")
         held = {}
         for number, text in enumerate(arguments.device):

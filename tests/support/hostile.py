@@ -118,6 +118,29 @@ def _command_cases() -> Iterator[Case]:
         yield after_lead(name, craft.command(number), f"command {name} is not implemented", f"found {name}")
 
 
+def _list_cases() -> Iterator[Case]:
+    """Lists of sections, as a `migrated` source sends them ahead."""
+
+    def listed(*names: str, more: int = 0, version: int = 1, how: int = 4) -> bytes:
+        numbers = craft.number(0, 4) + craft.number(version, 4) + bytes([how])
+        return craft.command(0x4D01, bytes([more]) + b"".join(craft.name(name) + numbers for name in names))
+
+    sets_up = RAM + craft.ping(2)
+    yield after_lead("list, no list", craft.command(0x4D01), "truncated")
+    yield after_lead("list, half an entry", craft.command(0x4D01, b"\0\4disk\0"), "truncated")
+    yield after_lead("list, of a kind", listed("disk", how=2), "X_SECTIONS lists no section", "found 'disk', 2")
+    yield after_lead("list, behind the last", listed("disk") + listed("disk"), "X_SECTIONS behind the last one")
+    too_many = listed(*["disk"] * 4000, more=1) + listed(*["disk"] * 97)
+    yield after_lead("list, 4097", too_many, "too many sections", "expected at most 4096")
+    ghosts = listed("ghost", more=1) + listed("ghoul", how=1) + sets_up
+    missing = "nothing here takes ghost/0, ghoul/0; and nothing comes for disk/0"
+    yield after_lead("list, unknown", ghosts, missing, "section list of sections")
+    old = listed("disk", version=2) + sets_up
+    yield after_lead("list, too new", old, "nothing here takes disk/0 in version 2 (here up to 1)")
+    early = listed("ghost", "disk") + craft.full_head(START, 2, "ghost", 0, 1)
+    yield after_lead("list, and at once", early, "nothing here takes ghost/0", "section list of sections")
+
+
 def _postcopy_cases() -> Iterator[Case]:
     def discard(block: str = "mem0", start: int = 0, length: int = PAGE, version: int = 0, end: int = 0) -> bytes:
         ranges = craft.number(start, 8) + craft.number(length, 8)
@@ -282,6 +305,7 @@ CASES = [
     *_head_cases(),
     *_configuration_cases(),
     *_command_cases(),
+    *_list_cases(),
     *_postcopy_cases(),
     *_element_cases(),
     *_block_cases(),
