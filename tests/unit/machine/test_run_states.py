@@ -638,3 +638,25 @@ async def test_a_signal_workload_that_dies_while_frozen_is_missed(tmp_path: Path
         process.kill()
         with pytest.raises(WorkloadError, match="workload sig: its process exited"):
             await site.machine.lost()
+
+
+async def test_a_device_is_declared_in_one_of_two_ways(tmp_path: Path) -> None:
+    source = """
+from migrated.wire.vmstate import VMState, uint8
+class Chip(VMState):
+    name = "chip"
+    fields = (uint8("a"),)
+with attach(name="dev") as machine:
+    said = []
+    for wrong in ({}, {"save": bytes}, {"load": print}, {"save": bytes, "load": print, "vmstate": Chip}):
+        try:
+            machine.device("chip", **wrong)
+        except ValueError as error:
+            said.append(str(error))
+    machine.device(said[0] if len(set(said)) == 1 and len(said) == 4 else "wrong", vmstate=Chip, state=None)
+    machine.ready()
+    hear()
+"""
+    async with Site(tmp_path, RunState.PAUSED) as site, workload(site, source):
+        name = "device 'chip' needs either save= and load=, or vmstate= and state="
+        await site.machine.wait_declared([], [name], 10)

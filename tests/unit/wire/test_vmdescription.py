@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from migrated.errors import RemoteProtocolError
-from migrated.wire.vmdescription import DeviceEntry, describe, described_bytes, framed
+from migrated.wire.vmdescription import DeviceEntry, describe, described_bytes, framed, parse_described
 
 BYTE = {"name": "a", "type": "uint8", "size": 1}
 TABLE = {"vmsd_name": "dev", "version": 1, "fields": [BYTE]}
@@ -85,3 +85,19 @@ def deep(levels: int) -> dict[str, Any]:
 def test_what_is_no_description(table: Any) -> None:
     with pytest.raises(RemoteProtocolError, match="no description of a state"):
         described_bytes(table)
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "taken"),
+    [
+        (json.dumps(TABLE), 1, True),
+        (json.dumps(TABLE), 2, False),
+        ("", 0, False),
+        ("{", 0, False),
+        ("[]", 0, False),
+        ("[" * 100_000, 0, False),
+        ("1" * 5000, 0, False),
+    ],
+)
+def test_what_somebody_gives_is_taken_if_it_fits(text: str, size: int, taken: bool) -> None:
+    assert parse_described(text, size) == (TABLE if taken else None)
