@@ -1,8 +1,8 @@
 """The text behind a stream that says what its FULL sections consist of, for tools such as analyze-migration.py.
 
 The rule of the file: an entry stands for exactly the bytes of its section, or it is not used. Who has no description is
-one buffer. Source of the shape: QEMU 7.2; sizes are those of one
-element, and a subsection's head (a byte, a counted name, a version) is not in its fields.
+one buffer. Source of the shape: QEMU 7.2; sizes are those of one element, and a subsection's head (a byte, a counted
+name, a version) is not in its fields.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ from typing import Any
 
 from migrated.errors import RemoteProtocolError
 
-#: analyze-migration.py looks for the description in the last 10 MB of a file.
-TEXT_MAX_BYTES = 10 << 20
+#: analyze-migration.py looks for the description, and its length, in the last 10 MB of a file.
+TEXT_MAX_BYTES = (10 << 20) - 4096
+#: Structs in structs: a table that somebody gives must not be deeper than what is written here can be.
+DEPTH_MAX = 32
 PAGE_SIZE = 4096
 #: An element type, a name's length, a version.
 _SUBSECTION_HEAD_BYTES = 1 + 1 + 4
+#: What is raised by looking into something that is no table.
+_NO_TABLE = (KeyError, TypeError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +76,31 @@ def framed(name: str, version_id: int, size: int, state: Mapping[str, Any] | Non
 def parse_described(text: str, size: int) -> dict[str, Any] | None:
     """Return the table that somebody gave for a state of ``size`` bytes; None where it is none, or of another state."""
     try:
-        described = json.loads(text)
+        described = _plain(json.loads(text))
         return described if described_bytes(described) == size else None
-    except (ValueError, RecursionError, RemoteProtocolError):
+    except (ValueError, *_NO_TABLE, RemoteProtocolError):
         return None
+
+
+def _plain(table: Any, depth: int = 0) -> dict[str, Any]:
+    """Return a copy that has the members of a table and nothing else: nobody knows what else it may hold."""
+    if depth > DEPTH_MAX:
+        raise ValueError("too deep")
+    plain = {
+        "vmsd_name": table["vmsd_name"],
+        "version": table["version"],
+        "fields": [_plain_field(entry, depth) for entry in table["fields"]],
+    }
+    if subsections := [_plain(sub, depth + 1) for sub in table.get("subsections", ())]:
+        plain["subsections"] = subsections
+    return plain
+
+
+def _plain_field(entry: Any, depth: int) -> dict[str, Any]:
+    plain = {key: entry[key] for key in ("name", "array_len", "index", "type") if key in entry}
+    if "struct" in entry:
+        plain["struct"] = _plain(entry["struct"], depth + 1)
+    return {**plain, "size": entry["size"]}
 
 
 def described_bytes(described: Mapping[str, Any]) -> int:
@@ -85,21 +110,27 @@ def described_bytes(described: Mapping[str, Any]) -> int:
     """
     try:
         return _bytes_of(described)
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+    except _NO_TABLE as error:
         raise RemoteProtocolError("no description of a state", found=f"{error!r}"[:80]) from error
 
 
 def _bytes_of(described: Mapping[str, Any]) -> int:
-    if not (isinstance(described["vmsd_name"], str) and isinstance(described["version"], int)):
+    if not isinstance(described["vmsd_name"], str) or not _count(described["version"]):
         raise TypeError("vmsd_name, version")
     total = 0
     for entry in described["fields"]:
         count, size = entry.get("array_len", 1), entry["size"]
-        if not (isinstance(entry["name"], str) and isinstance(entry["type"], str)) or min(count, size) < 0:
-            raise TypeError("name, type, size")
+        if not all(map(_count, (count, size, entry.get("index", 0)))):
+            raise TypeError("array_len, index, size")
+        if not isinstance(entry["name"], str) or not isinstance(entry["type"], str):
+            raise TypeError("name, type")
         if "struct" in entry and _bytes_of(entry["struct"]) != size:
             raise TypeError(f"size of {entry['name']}"[:40])
         total += count * size
     for sub in described.get("subsections", ()):
         total += _SUBSECTION_HEAD_BYTES + len(sub["vmsd_name"].encode()) + _bytes_of(sub)
     return total
+
+
+def _count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

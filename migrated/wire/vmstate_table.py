@@ -34,7 +34,7 @@ class VMState:
     version_id: ClassVar[int] = 1
     """The version that is written."""
     minimum_version_id: ClassVar[int]
-    """The oldest version that is read; by default the one that is written."""
+    """The oldest version that is read; by default, and in each subclass anew, the one that is written."""
     priority: ClassVar[int] = 0
     """Higher ones are saved, and so loaded, first."""
     fields: ClassVar[tuple[Row | Validate, ...]] = ()

@@ -26,7 +26,7 @@ from tests.support.documented import EXAMPLES, Host, Lines
 from tests.support.following import wait_until
 
 DOCS = ROOT / "docs"
-HANDLERS = '[handlers]\nload = ["journal:register", "moves:register"]\n'
+JOURNAL, MOVES = (f'[handlers]\nload = ["{name}:register"]\n' for name in ("journal", "moves"))
 
 GUIDES = {"workload-guide.md": ("counter.py", "journal.py"), "device-guide.md": ("thermostat.py", "moves.py")}
 
@@ -34,13 +34,13 @@ GUIDES = {"workload-guide.md": ("counter.py", "journal.py"), "device-guide.md": 
 
 
 @pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[tuple[Host, Host]]:
-    """Two daemons that wait for machines, with the handlers of the documents loaded."""
+def hosts(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Host, Host]]:
+    """Two daemons that wait for machines, with a handler of the documents loaded."""
     with ExitStack() as stack:
 
         def start(name: str) -> Host:
             environment = {"JOURNAL_FILE": str(tmp_path / f"{name}.journal")}
-            return stack.enter_context(Host(tmp_path / name, config=HANDLERS, environment=environment))
+            return stack.enter_context(Host(tmp_path / name, config=request.param, environment=environment))
 
         yield start("A"), start("B")
 
@@ -58,6 +58,7 @@ def migrate(source: Host, target: Host) -> dict[str, Any]:
     return answer
 
 
+@pytest.mark.parametrize("hosts", [JOURNAL], indirect=True, ids=["journal"])
 def test_the_counter_moves_there_and_back(hosts: tuple[Host, Host], tmp_path: Path) -> None:
     a, b = hosts
     here = a.run_example("counter.py", a.attach_socket)
@@ -75,10 +76,9 @@ def test_the_counter_moves_there_and_back(hosts: tuple[Host, Host], tmp_path: Pa
     assert follow(there, here, arrived["count"])["journey"] == [here.pid, there.pid, here.pid]
 
 
+@pytest.mark.parametrize("hosts", [MOVES], indirect=True, ids=["moves"])
 def test_the_thermostat_moves_and_the_daemon_counts_it(hosts: tuple[Host, Host], tmp_path: Path) -> None:
     a, b = hosts
-    for host in hosts:
-        (tmp_path / f"{host.directory.name}.journal").touch()
     here = a.run_example("thermostat.py", a.attach_socket)
     there = b.run_example("thermostat.py", b.attach_socket)
     wait_until(lambda: all(host.qmp.execute("x-migrated-query-machine")["devices"] for host in hosts), "attached")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from migrated.errors import RemoteProtocolError
-from migrated.wire.vmdescription import DeviceEntry, describe, described_bytes, framed, parse_described
+from migrated.wire.vmdescription import DEPTH_MAX, DeviceEntry, describe, described_bytes, framed, parse_described
 
 BYTE = {"name": "a", "type": "uint8", "size": 1}
 TABLE = {"vmsd_name": "dev", "version": 1, "fields": [BYTE]}
@@ -97,7 +97,24 @@ def test_what_is_no_description(table: Any) -> None:
         ("[]", 0, False),
         ("[" * 100_000, 0, False),
         ("1" * 5000, 0, False),
+        (json.dumps({**TABLE, "version": float("nan")}), 1, False),
+        (json.dumps({**TABLE, "fields": [{**BYTE, "index": float("nan")}]}), 1, False),
+        (json.dumps({**TABLE, "fields": [{**BYTE, "size": True}]}), 1, False),
+        (json.dumps({**TABLE, "more": [float("nan")], "fields": [{**BYTE, "more": [[]]}], "subsections": []}), 1, True),
     ],
 )
 def test_what_somebody_gives_is_taken_if_it_fits(text: str, size: int, taken: bool) -> None:
     assert parse_described(text, size) == (TABLE if taken else None)
+
+
+def test_structs_and_subsections_of_somebody_else() -> None:
+    sub = {"vmsd_name": "d/s", "version": 1, "fields": [BYTE]}
+    inner = {"vmsd_name": "d", "version": 1, "fields": [BYTE], "subsections": [sub]}
+    outer = {"name": "x", "index": 0, "type": "struct", "struct": inner, "size": 1 + 9 + 1}
+    table = {"vmsd_name": "d", "version": 1, "fields": [outer, {**BYTE, "array_len": 3}]}
+    assert parse_described(json.dumps(table), 14) == table
+
+
+def test_a_table_may_be_so_deep_and_no_deeper() -> None:
+    assert parse_described(json.dumps(deep(DEPTH_MAX)), 1) == deep(DEPTH_MAX)
+    assert parse_described(json.dumps(deep(DEPTH_MAX + 1)), 1) is None
