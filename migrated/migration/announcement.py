@@ -66,5 +66,5 @@ class Announcement:
         return [
             f"{section} in version {section.version_id} (here up to {entry.version_id})"
             for section, entry in found
-            if entry is not None and section.version_id > entry.version_id
+            if entry is not None and entry.ops.load_state and section.version_id > entry.version_id
         ]
