@@ -2,7 +2,7 @@
 
 As a workload: ``python -m tests.support.described --attach SOCKET --ram BYTES --device chip/0@2 --device bank/1``. The
 part behind "/" is the instance, behind "@" the version, behind "+" the priority. Events are JSON lines on stdout;
-``state`` on stdin is answered with what every device holds.
+``state`` on stdin is answered with what every device holds, ``memory`` with the seed that the memory begins with.
 
 In a daemon: ``[handlers] load = ["tests.support.described:register"]``. The environment variable DESCRIBED_HANDLERS
 names the devices, separated by blanks; what they hold is written to the file DESCRIBED_DIR/PID.json at each load, which
@@ -155,9 +155,11 @@ def main() -> None:
         machine.ready()
         tell("ready")
         threading.Thread(target=follow, args=(machine,), daemon=True).start()
-        for _ in sys.stdin:
-            content = {name: shown(one) for name, one in held.items()}
-            tell("state", devices=content, memory=int.from_bytes(memory[:8], "big"))
+        for line in sys.stdin:
+            if line == "state\n":
+                tell("state", devices={name: shown(one) for name, one in held.items()})
+            else:
+                tell("memory", seed=int.from_bytes(memory[:8], "big"))
 
 
 if __name__ == "__main__":
