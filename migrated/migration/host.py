@@ -8,11 +8,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from structlog.typing import FilteringBoundLogger
 
-from migrated.errors import MigratedError
 from migrated.migration.ownership import Ownership
 from migrated.model.parameters import Capabilities, Parameters
 from migrated.model.runstate import RunState
@@ -115,8 +114,11 @@ def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
     return first_error(error) if isinstance(error, BaseExceptionGroup) else error
 
 
-def without_frames(error: MigratedError) -> MigratedError:
-    """Cut the tracebacks off an error that is to be remembered.
+E = TypeVar("E", bound=BaseException)
+
+
+def without_frames(error: E) -> E:
+    """Cut the tracebacks off an error that is to be remembered, or was made into another one.
 
     Their frames hold the buffers of the migration; and, in a cycle with the error, until the collector comes by.
     """

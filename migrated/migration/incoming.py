@@ -137,7 +137,7 @@ class IncomingMigration:
         except asyncio.CancelledError:
             await self._failed(MigrationCancelled("the daemon is stopping"))
         except (MigratedError, OSError) as error:
-            await self._failed(self._link.stream.located(error))
+            await self._failed(self._link.stream.located(without_frames(error)))
         except Exception as error:  # the top of a job: a bug here must not leave a source without an answer
             self._host.log.exception("migration_bug")
             await self._failed(MigratedError(f"internal error: {error!r}"))
