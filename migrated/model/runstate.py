@@ -55,10 +55,12 @@ TRANSITIONS: Mapping[RunState, frozenset[RunState]] = {
     _R.PAUSED: _FROM_REST | {_R.POSTMIGRATE, _R.COLO},
     _R.RUNNING: RESTING - {_R.POSTMIGRATE, _R.PRELAUNCH} | {_R.FINISH_MIGRATE, _R.SAVE_VM, _R.RESTORE_VM, _R.COLO},
     # Ours: a migration that did not arrive leaves an empty machine (prelaunch) or one that waits on (no move at all).
-    _R.INMIGRATE: RESTING | {_R.RUNNING, _R.FINISH_MIGRATE, _R.COLO},
+    # A snapshot may be loaded where no machine is yet.
+    _R.INMIGRATE: RESTING | {_R.RUNNING, _R.FINISH_MIGRATE, _R.RESTORE_VM, _R.COLO},
     _R.FINISH_MIGRATE: RESTING | {_R.RUNNING, _R.COLO},
     _R.SAVE_VM: RESTING | {_R.RUNNING},
-    _R.RESTORE_VM: RESTING | {_R.RUNNING},
+    # Ours: a snapshot that was loaded only in part leaves an empty machine that waits.
+    _R.RESTORE_VM: RESTING | {_R.RUNNING, _R.INMIGRATE},
     _R.COLO: frozenset({_R.RUNNING, _R.PRELAUNCH, _R.SHUTDOWN}),
 }
 

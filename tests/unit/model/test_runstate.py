@@ -33,6 +33,7 @@ def test_the_names_are_qemus() -> None:
         "postmigrate finish-migrate postmigrate",
         "running save-vm running restore-vm running",
         "paused save-vm paused",
+        "inmigrate restore-vm inmigrate restore-vm paused",
         "running shutdown finish-migrate shutdown",
     ],
 )
