@@ -167,6 +167,9 @@ def data_extents(fd: int, start: int, end: int) -> list[tuple[int, int]]:
         if data >= end:
             break
         hole = min(os.lseek(fd, data, os.SEEK_HOLE), end)
+        if hole <= data:
+            # /dev/null, where a retired descriptor leads, answers 0 to whatever is asked: without end.
+            raise KernelError("lseek", errno.EBADF, "what was a memfd is none any more")
         extents.append((data, hole))
         position = hole
     return extents

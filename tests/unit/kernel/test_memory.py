@@ -278,3 +278,8 @@ def test_populating_leaves_the_interpreter_to_others() -> None:
     mapping.close()
     os.close(fd)
     assert ticks > 0
+
+
+def test_extents_of_what_is_no_memfd_any_more_come_to_an_end() -> None:
+    with open(os.devnull, "rb") as null, pytest.raises(KernelError, match="what was a memfd is none any more"):
+        memory.data_extents(null.fileno(), 0, 1 << 20)
