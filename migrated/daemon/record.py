@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from migrated.errors import ConfigError
+from migrated.transport.file import sync_directory
 
 
 class FileRecordStore:
@@ -75,11 +76,7 @@ class FileRecordStore:
             self._rename_aside(text)
 
     def _sync_directory(self) -> None:
-        directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync_directory(self._path.parent)
 
 
 def _open_aside(path: str, flags: int) -> int:

@@ -149,8 +149,13 @@ def _flush(fd: int, directory: str | None) -> None:
     if not stat.S_ISCHR(os.fstat(fd).st_mode):
         os.fsync(fd)
     if directory is not None:
-        folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_directory(directory)
+
+
+def sync_directory(path: str | os.PathLike[str]) -> None:
+    """Let what was created, renamed or removed in a directory survive a crash. Blocking. Raises OSError."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
