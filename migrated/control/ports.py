@@ -1,13 +1,13 @@
 """What the control socket needs from the rest of the daemon, as Protocols.
 
-The rule of the file: only shapes. `migration.migrator` implements the migrator, `machine` the machine; the composition
-root hands both over as `Services`. Everything a port refuses, it refuses with CommandError, whose text reaches the
-client as it is.
+The rule of the file: only shapes. `migration` implements the migrator and the snapshots, `machine` the machine; the
+composition root hands them over as `Services`. Everything a port refuses, it refuses with CommandError, whose text
+reaches the client as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -90,6 +90,33 @@ class MigratorPort(Protocol):
         ...
 
 
+class SnapshotsPort(Protocol):
+    """Everything an operator can ask of snapshots and their jobs. Whatever works long is a job."""
+
+    async def save(self, job_id: str, tag: str, vmstate: str, devices: Sequence[str]) -> None:
+        """Save the machine; returns once the job has begun."""
+        ...
+
+    async def load(self, job_id: str, tag: str, vmstate: str, devices: Sequence[str]) -> None:
+        """Replace the machine by a saved one; returns once the job has begun."""
+        ...
+
+    async def delete(self, job_id: str, tag: str, devices: Sequence[str]) -> None:
+        """Delete a snapshot; returns once the job has begun."""
+        ...
+
+    async def query(self) -> list[dict[str, object]]:
+        """What x-migrated-query-snapshots returns."""
+        ...
+
+    def jobs(self) -> list[dict[str, object]]:
+        """What query-jobs returns."""
+        ...
+
+    def cancel_job(self, job_id: str) -> None: ...
+    def dismiss_job(self, job_id: str) -> None: ...
+
+
 class SessionPort(Protocol):
     """The connection a command came in on, for the few commands that are about the connection."""
 
@@ -105,6 +132,7 @@ class Services:
     """All that commands act on."""
 
     migrator: MigratorPort
+    snapshots: SnapshotsPort
     machine: MachinePort
     quit: Callable[[], None]
     """Ask the daemon to end; returns at once, so that the answer still goes out."""

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from migrated.model.job import JobStatus, JobType
 from migrated.model.runstate import RunState
 from migrated.model.status import MigrationStatus
 
@@ -62,6 +63,25 @@ class FdNameArguments(Shape, frozen=True):
 class ResolveArguments(Shape, frozen=True):
     peer_is_fenced: bool = False
     peer_is_running: bool = False
+
+
+class SnapshotArguments(Shape, frozen=True):
+    """Of snapshot-save and snapshot-load. QEMU wants names of disks; there are none here, so none need be given."""
+
+    job_id: str
+    tag: str
+    vmstate: str = ""
+    devices: list[str] = []
+
+
+class SnapshotDeleteArguments(Shape, frozen=True):
+    job_id: str
+    tag: str
+    devices: list[str] = []
+
+
+class JobArguments(Shape, frozen=True):
+    id: str
 
 
 # Results
@@ -292,7 +312,39 @@ class MachineInfo(Shape, frozen=True):
     workloads: list[WorkloadInfo]
 
 
+class JobInfo(Shape, frozen=True):
+    id: str
+    type: JobType
+    status: JobStatus
+    current_progress: int
+    total_progress: int
+    error: str | UnsetType = UNSET
+
+
+class SnapshotBlockInfo(Shape, frozen=True):
+    name: str
+    size: int
+
+
+class SnapshotInfo(Shape, frozen=True):
+    """A snapshot, or why it cannot be read."""
+
+    tag: str
+    path: str
+    error: str | UnsetType = UNSET
+    created: str | UnsetType = UNSET
+    size: int | UnsetType = UNSET
+    machine: str | UnsetType = UNSET
+    status: str | UnsetType = UNSET
+    blocks: list[SnapshotBlockInfo] | UnsetType = UNSET
+
+
 # Event data
+
+
+class JobStatusChangeEvent(Shape, frozen=True):
+    id: str
+    status: JobStatus
 
 
 class MigrationEvent(Shape, frozen=True):

@@ -22,6 +22,7 @@ import structlog
 import uvloop
 from structlog.typing import FilteringBoundLogger
 
+from migrated.control.commands import VERSION
 from migrated.control.ports import Services
 from migrated.control.server import ControlServer
 from migrated.daemon.config import Config, load_config
@@ -38,10 +39,15 @@ from migrated.errors import ConfigError, MigratedError
 from migrated.machine.attach import AttachServer
 from migrated.machine.machine import Machine
 from migrated.migration.host import Host, Settings, first_error
+from migrated.migration.jobs import Jobs
 from migrated.migration.migrator import Migrator
 from migrated.migration.ownership import Hold, Ownership
 from migrated.migration.progress import Progress
+from migrated.migration.snapshot_host import SnapshotHost
+from migrated.migration.snapshot_store import SnapshotStore
+from migrated.migration.snapshots import Snapshots
 from migrated.model.runstate import RunState
+from migrated.ram.content import hash_content
 from migrated.ram.load import RamLoad
 from migrated.ram.save import RamSave
 from migrated.savevm.handlers import SaveVMHandlers
@@ -152,9 +158,19 @@ class Daemon:
             attach_timeout_s=config.workload.attach_timeout,
         )
         self._load_handlers(registry, machine)
-        migrator = Migrator(host, outgoing, incoming, jobs.create_task, allow=config.migration.allow)
+        snapshot_jobs = Jobs(jobs.create_task, relay, self._log)
+        migrator = Migrator(host, outgoing, incoming, jobs.create_task, snapshot_jobs, allow=config.migration.allow)
         relay.target = migrator.emit
-        await self._open_sockets(stack, machine, migrator, ownership)
+        store = SnapshotStore(self._state / "snapshots")
+        store.clear()
+        snapshots = SnapshotHost(host, store, hash_content, outgoing, incoming, tool=str(VERSION["package"]))
+        services = Services(
+            migrator,
+            Snapshots(snapshots, snapshot_jobs, lambda: migrator.busy),
+            machine,
+            lambda: self.stop("host-qmp-quit"),
+        )
+        await self._open_sockets(stack, services, machine, migrator)
         return migrator
 
     async def _initial_run_state(self, ownership: Ownership) -> RunState:
@@ -191,13 +207,12 @@ class Daemon:
             self._log.info("handler_loaded", entry=entry)
 
     async def _open_sockets(
-        self, stack: AsyncExitStack, machine: Machine, migrator: Migrator, ownership: Ownership
+        self, stack: AsyncExitStack, services: Services, machine: Machine, migrator: Migrator
     ) -> None:
         config = self._config
         attach = AttachServer(machine, config.attach_socket, mode=config.attach.mode, group=config.attach.group)
         await attach.start()
         stack.push_async_callback(attach.close)
-        services = Services(migrator, machine, lambda: self.stop("host-qmp-quit"))
         control = ControlServer(services, config.control_socket, mode=config.control.mode, group=config.control.group)
         await control.start()
         stack.push_async_callback(lambda: control.close(self._stopping.result() if self._stopping.done() else None))

@@ -23,6 +23,9 @@ from migrated.savevm.ports import DevicePort, RamBlockPort
 #: The machine is at the other end, or may be: its memory here is kept when the workload leaves.
 _KEEPS_MEMORY = frozenset({RunState.POSTMIGRATE, RunState.FINISH_MIGRATE})
 
+#: A machine arrives, from another host or from a snapshot: who goes on would write over it.
+_IS_OVERWRITTEN = frozenset({RunState.INMIGRATE, RunState.RESTORE_VM})
+
 
 class Machine:
     """A MachinePort. ``close`` it when the attach server is closed."""
@@ -104,7 +107,7 @@ class Machine:
                 missing.append(f"RAM block {name}")
             elif not ready.issuperset(block.workloads):
                 missing.append(f"RAM block {name} ({', '.join(block.workloads)} is not ready)")
-            elif self._run_state is RunState.INMIGRATE and (going := self._going(block.workloads)):
+            elif self._run_state in _IS_OVERWRITTEN and (going := self._going(block.workloads)):
                 # A signal workload runs until it is frozen: it would write over what arrives.
                 missing.append(f"RAM block {name} ({', '.join(going)} is not stopped yet)")
         there = [device for device in self.declared.devices.values() if device.workload in ready]

@@ -1,4 +1,4 @@
-"""How a stream begins: header and configuration, held against this host's machine.
+"""How a stream begins: header and configuration, written from and held against this host's machine.
 
 The rule of the file: nothing of this host is touched here, and a source has one deadline for all of it. Error texts are
 QEMU's.
@@ -16,6 +16,12 @@ from migrated.wire.section import Configuration, parse_preamble, parse_stream_he
 PAGE_BITS = 12
 
 
+def own_configuration(host: Host) -> Configuration:
+    """Return what a stream of this host's machine says about it."""
+    uuid = host.machine.uuid if host.settings.enabled("validate-uuid") else None
+    return Configuration(host.machine.machine_type, uuid=bytes.fromhex(uuid.replace("-", "")) if uuid else None)
+
+
 async def read_preamble(stream: IncomingStream, host: Host) -> int:
     """Read header and configuration; return the first element's type byte. Raises RemoteProtocolError."""
     limit_s = host.settings.silence_timeout_s()
@@ -28,11 +34,12 @@ async def read_preamble(stream: IncomingStream, host: Host) -> int:
         raise RemoteProtocolError(
             f"no complete stream header and configuration within {limit_s:g} s", offset=stream.offset
         ) from error
-    _check(configuration, host)
+    check_configuration(configuration, host)
     return first
 
 
-def _check(configuration: Configuration, host: Host) -> None:
+def check_configuration(configuration: Configuration, host: Host) -> None:
+    """Raise RemoteProtocolError unless a stream that begins like this may be loaded here."""
     machine = host.machine
     if configuration.machine_type != machine.machine_type:
         raise _refused(f"Machine type received is '{configuration.machine_type}' and local is '{machine.machine_type}'")

@@ -12,7 +12,8 @@ from typing import Protocol, TypeVar
 
 from structlog.typing import FilteringBoundLogger
 
-from migrated.migration.ownership import Ownership
+from migrated.errors import CommandError
+from migrated.migration.ownership import Hold, Ownership
 from migrated.model.parameters import Capabilities, Parameters
 from migrated.model.runstate import RunState
 from migrated.savevm.iothread_lock import IothreadLock
@@ -84,6 +85,17 @@ class Host:
     clock: Callable[[], float]
     log: FilteringBoundLogger
     attach_timeout_s: float
+
+
+def require_machine_here(host: Host) -> None:
+    """Raise CommandError unless this host has the machine, whole, and may send or save it."""
+    ownership, run_state = host.ownership, host.machine.run_state
+    if ownership.outcome_unknown or ownership.record.hold is Hold.INCOMPLETE:
+        raise CommandError(f"{ownership.text()}. Next: {ownership.next_step()}")
+    if run_state is RunState.INMIGRATE:
+        raise CommandError("Guest is waiting for an incoming migration")
+    if run_state is RunState.POSTMIGRATE:
+        raise CommandError("Can't migrate the vm that was paused due to previous migration")
 
 
 async def resume_machine(host: Host, previous: RunState) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 
 from migrated.errors import CommandError
 from migrated.migration import report
-from migrated.migration.host import OPTIONAL_SECTIONS, Emit, Host
+from migrated.migration.host import OPTIONAL_SECTIONS, Emit, Host, require_machine_here
 from migrated.migration.incoming import IncomingMigration
+from migrated.migration.jobs import Jobs
 from migrated.migration.outgoing import OutgoingMigration
 from migrated.migration.ownership import Hold
 from migrated.migration.progress import Progress
@@ -41,12 +42,14 @@ class Migrator:
         outgoing_progress: Progress,
         incoming_progress: Progress,
         spawn: Spawn,
+        jobs: Jobs,
         allow: Sequence[str] = (),
     ) -> None:
         self._host = host
         self._outgoing_progress = outgoing_progress
         self._incoming_progress = incoming_progress
         self._spawn = spawn
+        self._jobs = jobs
         self._allow = allow
         self._outgoing: OutgoingMigration | None = None
         self._incoming: IncomingMigration | None = None
@@ -84,8 +87,7 @@ class Migrator:
 
     def set_capabilities(self, changes: dict[str, bool]) -> None:
         """Change capabilities, all or none. Raises CommandError; refused while a migration runs."""
-        if self.busy:
-            raise CommandError(BUSY)
+        self._require_idle()
         self._host.settings.capabilities = self._host.settings.capabilities.replace(changes)
 
     def set_parameters(self, changes: dict[str, object]) -> None:
@@ -110,10 +112,9 @@ class Migrator:
             self._outgoing.resume(self._dialling(parse_address(uri)))
             return
         handlers = await self._host.registry.device_names(besides=OPTIONAL_SECTIONS)
-        if self.busy:
-            raise CommandError(BUSY)
+        self._require_idle()
         address = parse_address(uri)
-        self._require_migratable()
+        require_machine_here(self._host)
         if not handlers and not self._host.machine.ram_blocks():
             raise CommandError(
                 f"there is nothing to migrate: machine '{self._host.machine.name}' has no RAM block and no device here."
@@ -158,14 +159,11 @@ class Migrator:
             self._listener = None
         await self.open_listener(uri)
 
-    def _require_migratable(self) -> None:
-        ownership = self._host.ownership
-        if ownership.outcome_unknown or ownership.record.hold is Hold.INCOMPLETE:
-            raise CommandError(f"{ownership.text()}. Next: {ownership.next_step()}")
-        if self._host.machine.run_state is RunState.INMIGRATE:
-            raise CommandError("Guest is waiting for an incoming migration")
-        if self._host.machine.run_state is RunState.POSTMIGRATE:
-            raise CommandError("Can't migrate the vm that was paused due to previous migration")
+    def _require_idle(self, text: str = BUSY) -> None:
+        """Raise CommandError while a migration or a snapshot is under way."""
+        self._jobs.require_none()
+        if self.busy:
+            raise CommandError(text)
 
     async def cancel(self) -> None:
         """Cancel the outgoing migration; without one nothing happens. Raises CommandError after the last byte."""
@@ -230,7 +228,7 @@ class Migrator:
                 await self._incoming.postcopy.released.wait()
                 return
             await self._incoming.wait()
-        if self.busy:
+        if self.busy or self._jobs.active is not None:
             self._host.log.warning("connection_refused", peer=channel.peer, reason=BUSY)
             channel.abort()
             return
@@ -255,6 +253,7 @@ class Migrator:
 
     async def stop(self) -> None:
         """Stop the machine (QMP ``stop``)."""
+        self._jobs.require_none()
         async with self._host.lock:
             match self._host.machine.run_state:
                 case RunState.RUNNING:
@@ -272,18 +271,17 @@ class Migrator:
 
     async def cont(self) -> None:
         """Start the machine (QMP ``cont``), if this host may. Raises CommandError with the reason and next step."""
-        if self.busy:
-            raise CommandError("Migration is not finalized yet")
+        self._require_idle("Migration is not finalized yet")
         self._host.ownership.require_may_start()
         async with self._host.lock:
+            self._host.ownership.require_may_start()  # still, for whoever held the lock before
             await self._host.ownership.become(Hold.OWNER, run_state=RunState.RUNNING)
             await self._host.machine.cont()
 
     async def release(self) -> None:
         """Let go of the memory of a machine that moved away, or came only in part (``x-migrated-release``)."""
         ownership = self._host.ownership
-        if self.busy:
-            raise CommandError(BUSY)
+        self._require_idle()
         if ownership.record.hold not in (Hold.MOVED, Hold.PARTIAL, Hold.INCOMPLETE):
             raise CommandError("only the memory of a machine that moved away, or came only in part, can be released")
         if ownership.record.hold is not Hold.MOVED:
@@ -378,6 +376,7 @@ class Migrator:
             self._listener = None
         if self._incoming is not None:
             self._incoming.cancel()
+        await self._jobs.close()
         if self._outgoing is not None and is_running(self._outgoing.status.value):
             try:
                 self._outgoing.cancel()

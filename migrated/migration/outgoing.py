@@ -22,6 +22,7 @@ from migrated.errors import (
     OutcomeUnknown,
     ProtocolError,
 )
+from migrated.migration.handshake import own_configuration
 from migrated.migration.host import OPTIONAL_SECTIONS, Host, first_error, insist, without_frames
 from migrated.migration.operator_pause import OperatorPause
 from migrated.migration.passes import Passes, Switch
@@ -38,7 +39,6 @@ from migrated.transport.file import FileChannel
 from migrated.wire.announcement import encode_announcement
 from migrated.wire.command import FEATURE_SECTIONS, PEER_PING, Command, ping_payload
 from migrated.wire.postcopy import encode_advise
-from migrated.wire.section import Configuration
 
 PAGE_SIZE = 4096
 #: How long a failing channel is given to deliver the destination's reason.
@@ -300,11 +300,7 @@ class OutgoingMigration:
         f.put_buffer(encode_advise(PAGE_SIZE, PAGE_SIZE))
 
     async def _greet(self, f: OutgoingStream) -> None:
-        machine, settings = self._host.machine, self._host.settings
-        uuid = (
-            bytes.fromhex(machine.uuid.replace("-", "")) if machine.uuid and settings.enabled("validate-uuid") else None
-        )
-        f.put_preamble(Configuration(machine.machine_type, uuid=uuid))
+        f.put_preamble(own_configuration(self._host))
         if self._return_path is None:
             await f.drain()
             return
@@ -312,7 +308,7 @@ class OutgoingMigration:
         f.put_command(Command.PING, ping_payload(PEER_PING))
         f.put_command(Command.PING, ping_payload(FIRST_PING))
         await f.drain()
-        self.kind = await self._return_path.wait_kind(settings.silence_timeout_s())
+        self.kind = await self._return_path.wait_kind(self._host.settings.silence_timeout_s())
         if self.kind is PeerKind.QEMU:
             known = [*OPTIONAL_SECTIONS, *self._host.kept.known_to_qemu()]
             names = await self._host.registry.device_names(besides=known)

@@ -7,9 +7,11 @@ again when the destination says that it did not start. Without an answer it stay
     record      | may run here | how it ends
     ------------+--------------+---------------------------------------------------------------
     none        | once asked   | `cont` makes it owner; the first section of an arriving machine makes it partial
-    partial     | no           | a whole machine: owner; one whose memory follows: incomplete; let go: none
+    partial     | no           | a whole machine: owner; one whose memory follows: incomplete; let go: none;
+                |              | another attempt: partial
     incomplete  | it does      | postcopy: its memory still comes from the source; all has arrived: owner
-    owner       | yes          | the last byte goes out: released; an arrived machine that cannot start goes back: moved
+    owner       | yes          | the last byte goes out: released; an arrived machine that cannot start goes back:
+                |              | moved; a snapshot overwrites it: partial
     released    | no           | answer: moved or owner; no answer: an operator's `resolve`
     moved       | no           | the machine comes back: owner
     accepted    | no           | a QEMU source was told SHUT 0; its orderly close: owner; else `resolve`
@@ -46,9 +48,9 @@ class Hold(StrEnum):
 #: Which record may follow which; the one place that knows.
 NEXT: Mapping[Hold, frozenset[Hold]] = {
     Hold.NONE: frozenset({Hold.OWNER, Hold.PARTIAL}),
-    Hold.PARTIAL: frozenset({Hold.OWNER, Hold.INCOMPLETE, Hold.ACCEPTED, Hold.NONE}),
+    Hold.PARTIAL: frozenset({Hold.OWNER, Hold.INCOMPLETE, Hold.ACCEPTED, Hold.NONE, Hold.PARTIAL}),
     Hold.INCOMPLETE: frozenset({Hold.OWNER, Hold.NONE}),
-    Hold.OWNER: frozenset({Hold.RELEASED, Hold.MOVED}),
+    Hold.OWNER: frozenset({Hold.RELEASED, Hold.MOVED, Hold.PARTIAL}),
     Hold.RELEASED: frozenset({Hold.MOVED, Hold.OWNER}),
     Hold.MOVED: frozenset({Hold.OWNER, Hold.INCOMPLETE, Hold.ACCEPTED}),
     Hold.ACCEPTED: frozenset({Hold.OWNER, Hold.MOVED}),
@@ -103,6 +105,17 @@ STORED: Mapping[str, tuple[str, str]] = {
     "fd": (
         "the machine was written to {peer}",
         "look for it where that descriptor led; its memory here is out of date",
+    ),
+}
+
+#: The same of a machine that came in part, and not from another host.
+STORED_IN_PART: Mapping[str, tuple[str, str]] = {
+    "snapshot": (
+        "{peer} was loaded only in part, over the machine that was here",
+        (
+            "load it, or another snapshot, again (`migratectl snapshot load`); or, to begin afresh, end the workload"
+            " here, let go of its memory (`migratectl release`) and start it anew"
+        ),
     ),
 }
 
@@ -187,7 +200,8 @@ class Ownership:
     def _advice(self) -> tuple[str, str]:
         advice = ADVICE[self.record.hold]
         scheme, colon, _ = self.record.peer.partition(":")
-        return STORED.get(scheme, advice) if colon and self.record.hold is Hold.MOVED else advice
+        stored = {Hold.MOVED: STORED, Hold.PARTIAL: STORED_IN_PART}.get(self.record.hold, {})
+        return stored.get(scheme, advice) if colon else advice
 
     def as_dict(self) -> dict[str, object]:
         """Return the answer to ``x-migrated-query-ownership``."""

@@ -105,6 +105,14 @@ async def test_garbage_is_answered_alike_and_survived(qemu: QmpPeer, ours: QmpPe
             assert name == 7, text
 
 
+#: Names of disks: a QEMU insists on them, and there are none here.
+NO_DISKS: dict[str, dict[str, Any]] = {
+    "snapshot-save": {"vmstate": (True, "string"), "devices": (True, ["string"])},
+    "snapshot-load": {"vmstate": (True, "string"), "devices": (True, ["string"])},
+    "snapshot-delete": {"devices": (True, ["string"])},
+}
+
+
 async def test_shared_commands_take_the_same_arguments(qemu: QmpPeer, ours: QmpPeer) -> None:
     await negotiate(qemu, ours)
     theirs, mine = [QmpSchema((await peer.execute("query-qmp-schema"))["return"]) for peer in (qemu, ours)]
@@ -112,7 +120,7 @@ async def test_shared_commands_take_the_same_arguments(qemu: QmpPeer, ours: QmpP
     own = {name for name in commands if name.startswith(("x-migrated-", "X_MIGRATED_"))}
     for name in sorted(set(commands) - own):
         assert name in theirs.entries, f"{name} is not a command or event of QEMU"
-        assert members(mine, name) == members(theirs, name), name
+        assert members(mine, name) == {**members(theirs, name), **NO_DISKS.get(name, {})}, name
 
 
 def members(schema: QmpSchema, name: str) -> dict[str, Any]:
@@ -154,6 +162,14 @@ async def test_settings_are_those_of_qemu_in_its_order(qemu: QmpPeer, ours: QmpP
 async def test_answers_have_the_shape_of_qemus(qemu: QmpPeer, ours: QmpPeer) -> None:
     await negotiate(qemu, ours)
     schema = QmpSchema((await qemu.execute("query-qmp-schema"))["return"])
-    for name in ("query-version", "query-status", "query-name", "query-uuid", "query-commands", "query-migrate"):
+    for name in (
+        "query-version",
+        "query-status",
+        "query-name",
+        "query-uuid",
+        "query-commands",
+        "query-migrate",
+        "query-jobs",
+    ):
         answer = (await ours.execute(name))["return"]
         schema.check(schema.entries[name]["ret-type"], json.loads(json.dumps(answer)), name)

@@ -113,6 +113,47 @@ class FakeMigrator:
             raise self.refusal
 
 
+class FakeSnapshots:
+    """SnapshotsPort: everything recorded; ``script`` is what query-jobs shows, one line after the other."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.found: list[dict[str, object]] = []
+        self.script: list[dict[str, object]] = []
+        self.refusal: Exception | None = None
+        self._id = ""
+
+    async def save(self, job_id: str, tag: str, vmstate: str, devices: Sequence[str]) -> None:
+        self._called("save", job_id, tag, vmstate, list(devices))
+
+    async def load(self, job_id: str, tag: str, vmstate: str, devices: Sequence[str]) -> None:
+        self._called("load", job_id, tag, vmstate, list(devices))
+
+    async def delete(self, job_id: str, tag: str, devices: Sequence[str]) -> None:
+        self._called("delete", job_id, tag, list(devices))
+
+    async def query(self) -> list[dict[str, object]]:
+        return self.found
+
+    def jobs(self) -> list[dict[str, object]]:
+        """The next line of the script, then the last one for ever."""
+        if len(self.script) > 1:
+            return [{"id": self._id, **self.script.pop(0)}]
+        return [{"id": self._id, **line} for line in self.script]
+
+    def cancel_job(self, job_id: str) -> None:
+        self._called("cancel", job_id)
+
+    def dismiss_job(self, job_id: str) -> None:
+        self._called("dismiss", job_id)
+
+    def _called(self, verb: str, job_id: str, *rest: object) -> None:
+        self._id = job_id
+        self.calls.append((verb, job_id, *rest))
+        if self.refusal:
+            raise self.refusal
+
+
 @dataclass
 class FakeBlock:
     """RamBlockPort without memory behind it."""
@@ -207,9 +248,10 @@ class FakeDaemon:
     """Everything a control server acts on, with handles for a test."""
 
     migrator: FakeMigrator = field(default_factory=FakeMigrator)
+    snapshots: FakeSnapshots = field(default_factory=FakeSnapshots)
     machine: FakeMachine = field(default_factory=FakeMachine)
     quit_asked: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def services(self) -> Services:
-        return Services(self.migrator, self.machine, self.quit_asked.set)
+        return Services(self.migrator, self.snapshots, self.machine, self.quit_asked.set)

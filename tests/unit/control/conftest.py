@@ -12,7 +12,7 @@ import pytest_asyncio
 import uvloop
 
 from migrated.control.server import ControlServer
-from tests.support.fake_services import FakeDaemon, FakeMachine, FakeMigrator
+from tests.support.fake_services import FakeDaemon, FakeMachine, FakeMigrator, FakeSnapshots
 from tests.support.qmp_peer import QmpPeer
 
 
@@ -36,6 +36,10 @@ class Control:
     @property
     def migrator(self) -> FakeMigrator:
         return self.daemon.migrator
+
+    @property
+    def snapshots(self) -> FakeSnapshots:
+        return self.daemon.snapshots
 
     @property
     def machine(self) -> FakeMachine:

@@ -44,6 +44,28 @@ async def test_commands_are_passed_on(
     assert control.migrator.calls == [call]
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments", "call"),
+    [
+        ("snapshot-save", {"job-id": "j", "tag": "t"}, ("save", "j", "t", "", [])),
+        (
+            "snapshot-save",
+            {"job-id": "j", "tag": "t", "vmstate": "d", "devices": ["d"]},
+            ("save", "j", "t", "d", ["d"]),
+        ),
+        ("snapshot-load", {"job-id": "j", "tag": "t"}, ("load", "j", "t", "", [])),
+        ("snapshot-delete", {"job-id": "j", "tag": "t", "devices": []}, ("delete", "j", "t", [])),
+        ("job-cancel", {"id": "j"}, ("cancel", "j")),
+        ("job-dismiss", {"id": "j"}, ("dismiss", "j")),
+    ],
+)
+async def test_snapshots_and_jobs_are_passed_on(
+    control: Control, peer: QmpPeer, command: str, arguments: dict[str, Any], call: tuple[Any, ...]
+) -> None:
+    assert await peer.execute(command, arguments) == {"return": {}}
+    assert control.snapshots.calls == [call]
+
+
 async def test_queries(control: Control, peer: QmpPeer) -> None:
     version = {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": "migrated 0.1.0"}
     assert await peer.execute("query-version") == {"return": version}

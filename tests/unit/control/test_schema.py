@@ -41,6 +41,19 @@ FULL_INFO: dict[str, Any] = {
     "x-migrated-migration-id": "1f",
 }  # fmt: skip
 
+SNAPSHOTS: list[dict[str, object]] = [
+    {"tag": "bad", "path": "/s/bad", "error": "the manifest cannot be read"},
+    {
+        "tag": "good", "path": "/s/good", "created": "2026-01-01T00:00:00+00:00", "size": 1, "machine": "kv",
+        "status": "running", "blocks": [{"name": "heap", "size": 4096}],
+    },
+]  # fmt: skip
+
+JOBS: list[dict[str, object]] = [
+    {"type": "snapshot-save", "status": "running", "current-progress": 1, "total-progress": 2},
+    {"type": "snapshot-load", "status": "concluded", "current-progress": 2, "total-progress": 2, "error": "x"},
+]
+
 
 @pytest_asyncio.fixture
 async def schema(peer: QmpPeer) -> QmpSchema:
@@ -84,6 +97,8 @@ def test_arguments_are_described_as_qemu_describes_them(schema: QmpSchema) -> No
 async def test_results_are_what_the_schema_says(control: Control, peer: QmpPeer, schema: QmpSchema, name: str) -> None:
     control.machine.blocks = [FakeBlock("heap", 8192, mappings=[TrackedMapping("worker", 0, 8192, 5, 6)])]
     control.machine.attached = [FakeDevice("cpu", "worker")]
+    control.snapshots.found = SNAPSHOTS
+    control.snapshots.script = JOBS
     infos: list[dict[str, Any]] = [{}, {"status": "setup"}, FULL_INFO]
     for info in infos:
         control.migrator.info = info
@@ -101,6 +116,7 @@ def test_event_data_is_what_the_schema_says(schema: QmpSchema) -> None:
         "SHUTDOWN": {"guest": False, "reason": "host-qmp-quit"},
         "MIGRATION": {"status": "pre-switchover"},
         "MIGRATION_PASS": {"pass": 3},
+        "JOB_STATUS_CHANGE": {"id": "a", "status": "running"},
         "X_MIGRATED_WORKLOAD_ATTACHED": {"workload": "kv", "pid": 1},
         "X_MIGRATED_WORKLOAD_LEFT": {"workload": "kv", "reason": "it exited"},
     }

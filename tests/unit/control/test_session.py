@@ -107,9 +107,9 @@ async def test_unknown_commands_and_those_of_later_versions(peer: QmpPeer) -> No
         "CommandNotFound",
         "The command balloon has not been found",
     )
-    assert await peer.refusal('{"execute": "snapshot-save", "arguments": {}}') == (
+    assert await peer.refusal('{"execute": "calc-dirty-rate", "arguments": {}}') == (
         "GenericError",
-        "snapshot-save is not implemented by this version of migrated",
+        "calc-dirty-rate is not implemented by this version of migrated",
     )
 
 
