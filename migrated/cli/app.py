@@ -1,15 +1,13 @@
 """`migratectl`: the operator's tool.
 
 The rule of the file: a command is a few calls of the QMP client and one call of `Output`; nothing is decided here that
-a script talking QMP could not decide as well. Only this module knows typer; rich and the demo are imported when they
-are needed, so that a command in a script costs little.
+a script talking QMP could not decide as well. rich and the demo are imported when they are needed, so that a command in
+a script costs little.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -46,10 +44,11 @@ from migrated.cli.report import (
     report_object,
     status_lines,
 )
+from migrated.cli.session import Json, Options, daemon, if_known, unknown_when_lost
 from migrated.cli.settings import format_value, parse_switches, parse_values
+from migrated.cli.snapshot import snapshot
 from migrated.cli.watch import Errand, Interrupts, counted_interrupts, wait_for_end, wait_for_load
 from migrated.control.client import QmpClient
-from migrated.errors import ChannelError, CommandError, MigratedError
 
 app = typer.Typer(
     name="migratectl",
@@ -59,16 +58,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What stands before the command."""
-
-    socket: str
-    as_json: bool
+app.add_typer(snapshot)
 
 
 @app.callback()
@@ -83,37 +73,13 @@ def options(
     ctx.obj = Options(socket or f"/run/migrated/{machine}/qmp.sock", as_json)
 
 
-@contextmanager
-def daemon(ctx: typer.Context, as_json: bool) -> Iterator[tuple[QmpClient, Output]]:
-    """Connect; whatever the daemon refuses, and a daemon that cannot be reached, ends the program with 3."""
-    output = Output(as_json or ctx.obj.as_json)
-    try:
-        with QmpClient(ctx.obj.socket) as client:
-            yield client, output
-    except (CommandError, ChannelError) as error:
-        output.refusal(error)
-        raise typer.Exit(ExitCode.REFUSED) from error
-    except ValueError as error:  # a word on the command line that cannot be understood
-        raise typer.BadParameter(str(error)) from error
-
-
-@contextmanager
-def unknown_when_lost(output: Output, what: str) -> Iterator[None]:
-    """A daemon that is lost while it works ends the program with 6."""
-    try:
-        yield
-    except ChannelError as error:
-        output.refusal(MigratedError(f"{error}: how the {what} ended is unknown, ask 'migratectl status'"))
-        raise typer.Exit(ExitCode.OWNERSHIP_UNKNOWN) from error
-
-
 @app.command()
 def status(ctx: typer.Context, as_json: Json = False) -> None:
     """Show the machine, who owns it, and the migration."""
     with daemon(ctx, as_json) as (client, output):
         state = client.execute("query-status")
-        machine = _if_known(client, "x-migrated-query-machine") or client.execute("query-name")
-        ownership = _if_known(client, "x-migrated-query-ownership")
+        machine = if_known(client, "x-migrated-query-machine") or client.execute("query-name")
+        ownership = if_known(client, "x-migrated-query-ownership")
         info = client.execute("query-migrate")
         members = {"status": state, "machine": machine, "ownership": ownership, "migration": info}
         output.result(members, status_lines(state, machine, ownership, info))
@@ -178,7 +144,7 @@ def incoming(
         if code is ExitCode.INTERRUPTED:
             output.result(info, ["The load goes on; 'migratectl status' shows how"])
             raise typer.Exit(code)
-        ownership = _if_known(client, "x-migrated-query-ownership")
+        ownership = if_known(client, "x-migrated-query-ownership")
         if code and ownership.get("record") == "accepted":
             code = ExitCode.OWNERSHIP_UNKNOWN
         state = client.execute("query-status")
@@ -350,7 +316,7 @@ def _follow(client: QmpClient, output: Output, interrupts: Interrupts, errand: E
         why = "Postcopy cannot be cancelled: the" if is_postcopy(info) else "The"
         output.result(info, [f"{why} migration goes on; 'migratectl status' shows how"])
     else:
-        ownership = _if_known(client, "x-migrated-query-ownership") if code else {}
+        ownership = if_known(client, "x-migrated-query-ownership") if code else {}
         lines = report_lines(info, code, ownership) + not_needed_lines(info, code, wanted=isinstance(errand, Switch))
         output.result(report_object(info, code), lines)
     return code
@@ -360,17 +326,6 @@ def _run(ctx: typer.Context, as_json: bool, command: str, arguments: Mapping[str
     """Run a command that has nothing to tell but that it was done."""
     with daemon(ctx, as_json) as (client, output):
         output.result(client.execute(command, arguments))
-
-
-def _if_known(client: QmpClient, command: str) -> dict[str, Any]:
-    """Run one of our own queries; empty where the socket is a QEMU's."""
-    try:
-        answer: dict[str, Any] = client.execute(command)
-    except CommandError as error:
-        if error.qmp_class != "CommandNotFound":
-            raise
-        return {}
-    return answer
 
 
 def _settings(current: dict[str, object], changed: dict[str, Any]) -> list[str]:

@@ -63,6 +63,33 @@ def wait_for_load(
         client.next_event(POLL_S)
 
 
+def wait_for_job(
+    client: QmpClient,
+    job_id: str,
+    show: Callable[[Mapping[str, Any]], None],
+    interrupts: Interrupts,
+    note: Callable[[str], None],
+) -> dict[str, Any]:
+    """Poll until a job has ended, or the operator leaves; return its last line of query-jobs.
+
+    The first Ctrl-C cancels the job, the second leaves. Raises ChannelError when the daemon is lost.
+    """
+    cancelled = False
+    while True:
+        job: dict[str, Any] = next(job for job in client.execute("query-jobs") if job["id"] == job_id)
+        show(job)
+        if job["status"] == "concluded" or interrupts.count > 1:
+            return job
+        if interrupts.count and not cancelled:
+            cancelled = True
+            note("Cancelling; press Ctrl-C again to leave without waiting")
+            try:
+                client.execute("job-cancel", {"id": job_id})
+            except CommandError as error:
+                note(f"Cannot cancel: {error}")
+        client.next_event(POLL_S)
+
+
 class Errand(Protocol):
     """Something to be done at the right moment of a migration."""
 

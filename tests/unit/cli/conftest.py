@@ -14,7 +14,7 @@ from typing import Any
 import pytest_asyncio
 
 from migrated.control.server import ControlServer
-from tests.support.fake_services import FakeDaemon, FakeMachine, FakeMigrator
+from tests.support.fake_services import FakeDaemon, FakeMachine, FakeMigrator, FakeSnapshots
 
 DEADLINE_S = 50.0
 
@@ -44,6 +44,10 @@ class Ctl:
     @property
     def migrator(self) -> FakeMigrator:
         return self.daemon.migrator
+
+    @property
+    def snapshots(self) -> FakeSnapshots:
+        return self.daemon.snapshots
 
     @property
     def machine(self) -> FakeMachine:

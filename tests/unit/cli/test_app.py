@@ -450,11 +450,13 @@ async def test_help_names_every_command_there_is_and_none_to_come(ctl: Ctl) -> N
     assert ran.code == 0
     commands = (
         "status migrate incoming cancel start-postcopy pause recover continue capabilities parameters stop cont release"
-        " resolve events demo"
+        " resolve events demo snapshot"
     )
     for command in commands.split():
         assert re.search(rf"\b{command}\b", ran.out), command
-    assert "snapshot" not in ran.out
+    ran = await ctl.run("snapshot", "--help")
+    for command in ["save", "load", "delete", "list", "verify"]:
+        assert re.search(rf"\b{command}\b", ran.out), command
 
 
 async def test_starting_costs_little() -> None:
