@@ -26,12 +26,13 @@ from migrated.stream.incoming import IncomingStream
 from migrated.transport.channel import Channel
 from migrated.transport.chunk_file import open_chunk_file, verify_chunks
 from migrated.transport.thread import in_thread, to_the_end
-from migrated.wire.manifest import Manifest
+from migrated.wire.manifest import Manifest, SavedSection
 from migrated.wire.ram import RAM_VERSION
 from migrated.wire.section import (
     Configuration,
     EndOfFile,
     SectionHeader,
+    SectionType,
     parse_element,
     parse_footer,
     parse_vmdescription_length,
@@ -66,7 +67,7 @@ async def check_fits(host: Host, manifest: Manifest) -> None:
     """Raise RemoteProtocolError, or WorkloadError, unless everything in a snapshot has its place here."""
     uuid = manifest.machine.uuid
     check_configuration(Configuration(manifest.machine.type, uuid=bytes.fromhex(uuid.replace("-", "")) or None), host)
-    unknown = [s.idstr for s in manifest.sections if host.registry.find(s.idstr, s.instance_id) is None]
+    unknown = [section.idstr for section in manifest.sections if not _has_place(host, section)]
     names = [block.name for block in manifest.blocks]
     await host.machine.wait_declared(names, unknown, host.attach_timeout_s)
     _check_blocks(host, manifest)
@@ -90,18 +91,30 @@ def _check_blocks(host: Host, manifest: Manifest) -> None:
         )  # fmt: skip
 
 
+def _has_place(host: Host, section: SavedSection) -> bool:
+    return host.registry.takes(section.idstr, section.instance_id) or (
+        section.kind == SectionType.FULL.name and _keeps(host)
+    )
+
+
+def _keeps(host: Host) -> bool:
+    return bool(host.settings.parameters.get("x-migrated-keep-unknown-sections"))
+
+
 def _check_sections(host: Host, manifest: Manifest) -> None:
     for section in manifest.sections:
         entry = host.registry.find(section.idstr, section.instance_id)
-        if entry is None or entry.ops.load_state is None:
+        if not _has_place(host, section):
             raise RemoteProtocolError(
                 f"Unknown savevm section or instance '{section.idstr}' {section.instance_id}",
                 section=section.title, offset=section.offset,
             )  # fmt: skip
         # QEMU's "ram" takes exactly its own version; what a device makes of an older one is for the device to say.
-        if section.version_id > entry.version_id or (section.idstr == "ram" and section.version_id != RAM_VERSION):
+        too_new = entry is not None and section.version_id > entry.version_id
+        if too_new or (section.idstr == "ram" and section.version_id != RAM_VERSION):
             raise RemoteProtocolError(
-                f"savevm: unsupported version {section.version_id} for '{section.idstr}' v{entry.version_id}",
+                f"savevm: unsupported version {section.version_id} for '{section.idstr}'"
+                f" v{entry.version_id if entry is not None else RAM_VERSION}",
                 section=section.title, offset=section.offset,
             )  # fmt: skip
 
@@ -147,6 +160,7 @@ class Load:
     async def _overwrite(self, stream: IncomingStream) -> None:
         host = self._host
         self._progress.begin()
+        host.kept.forget()
         await host.registry.load_setup(stream)
         await self._read(stream)
         for check in host.completeness:
@@ -172,13 +186,17 @@ class Load:
                     break
                 case SectionHeader():
                     stream.section = f"{element.idstr or f'id {element.section_id}'} ({element.kind.name})"
-                    idstr = await self._host.registry.load_state(stream, element)
+                    keep = self._keep if _keeps(self._host) else None
+                    idstr = await self._host.registry.load_state(stream, element, keep=keep)
                     await stream.run(parse_footer(element.section_id, idstr))
                 case _:
                     raise RemoteProtocolError("a command in a snapshot", expected="sections", found=f"{element}")
             self._job.current = self._manifest.length + stream.offset
         stream.section = "vmdescription"
         await stream.run(parse_vmdescription_length())
+
+    async def _keep(self, f: IncomingStream, header: SectionHeader) -> None:
+        await self._host.kept.keep(f, header, from_qemu=False)
 
     async def _start(self) -> None:
         host = self._host

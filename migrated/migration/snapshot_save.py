@@ -23,7 +23,6 @@ from migrated.migration.host import Host, insist, resume_machine
 from migrated.migration.jobs import Job
 from migrated.migration.snapshot_host import HashContent, SnapshotHost, watched
 from migrated.migration.snapshot_store import STREAM
-from migrated.migration.switchover import describe
 from migrated.model.runstate import RunState
 from migrated.model.stats import BandwidthMeter
 from migrated.savevm.ports import RamBlockPort
@@ -81,10 +80,10 @@ class RecordedStream(OutgoingStream):
         assert header is not None
         self.extents.append(Extent(header, self._begun, self.position - self._begun))
 
-    def put_end_of_stream(self, description: str) -> None:
+    def put_end_of_stream(self) -> None:
         self._writer.cut()
         self.where = "vmdescription"
-        super().put_end_of_stream(description)
+        super().put_end_of_stream()
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +160,7 @@ async def _write_stream(host: Host, f: RecordedStream, hash_content: HashContent
             pass
         await registry.save_live_complete_precopy(f)
         await registry.save_state(f)
-        f.put_end_of_stream(describe(f))
+        f.put_end_of_stream()
         await f.drain()
         return await hashing
 

@@ -5,17 +5,16 @@ the last look, a page table entry that vanished: all of it counts as dirty. Only
 of every attached process is invisible (``pwrite`` on the memfd, DMA, a hole punched by descriptor): README, Limits.
 
 One log serves one migration: `start`, then `sync` any number of times, then `stop`. The blocking halves run in a
-thread; the ioctls release the GIL. A workload without a userfaultfd is compared by page hashes (last resort, about
-0.2 s/GiB per look).
+thread, and to their end: a look that was left behind would clear the log of the next migration, or use descriptors
+given back by then. The ioctls release the GIL. A workload without a userfaultfd is compared by page hashes (last
+resort, about 0.2 s/GiB per look).
 """
 
 from __future__ import annotations
 
-import asyncio
 import errno
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +24,7 @@ from migrated.errors import KernelError, WorkloadError
 from migrated.kernel import pagemap, userfault
 from migrated.model.bitmap import PageBitmap
 from migrated.savevm.ports import RamBlockPort, TrackedMapping
-
-T = TypeVar("T")
+from migrated.transport.thread import in_thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,22 +52,22 @@ class DirtyLog:
 
     async def start(self) -> None:
         """Write-protect every mapping. From here on each first write to a page is seen by `sync`."""
-        await _in_thread(self._start)
+        await in_thread(self._start)
 
     async def sync(self, dirty: Mapping[str, PageBitmap]) -> int:
         """Read and clear the log into ``dirty`` (by block name); return how many pages became dirty by it.
 
         Raises WorkloadError when a tracked process is gone.
         """
-        return await _in_thread(self._sync, dirty)
+        return await in_thread(self._sync, dirty)
 
     async def stray_write(self) -> StrayWrite | None:
         """Look once more without a writer being allowed to exist: the first page that was written, if any."""
-        return await _in_thread(self._stray_write)
+        return await in_thread(self._stray_write)
 
     async def stop(self) -> None:
         """Give the workloads their full speed back. Twice does no harm; a process that is gone neither."""
-        await _in_thread(self._stop)
+        await in_thread(self._stop)
 
     # -- in a thread -------------------------------------------------------------------------------------------
 
@@ -148,24 +146,6 @@ class DirtyLog:
 
 def _is_new(log: _BlockLog, mapping: TrackedMapping) -> bool:
     return log.hashes is None if mapping.userfault < 0 else mapping not in log.registered
-
-
-async def _in_thread(work: Callable[..., T], *args: object) -> T:
-    """Run ``work`` in a thread, and wait for its end also when cancelled.
-
-    A look that was left behind would clear the log of the next migration, or use descriptors given back by then.
-    """
-    running = asyncio.ensure_future(asyncio.to_thread(work, *args))
-    cancelled = None
-    while not running.done():
-        try:
-            await asyncio.wait([running])
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None:
-        running.exception()  # seen: the cancellation is what counts
-        raise cancelled
-    return running.result()
 
 
 class PageHashes:
