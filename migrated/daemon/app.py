@@ -118,20 +118,8 @@ class Daemon:
         registry = SaveVMRegistry(lock)
         outgoing, incoming = Progress(time.monotonic), Progress(time.monotonic)
         relay = _Relay()
-        machine = Machine(
-            config.machine.name,
-            uuid=config.machine.uuid,
-            machine_type=config.machine.type,
-            initial_run_state=await self._initial_run_state(ownership),
-            stop_timeout_s=lambda: settings.seconds("x-migrated-stop-timeout"),
-            on_event=relay,
-            on_device_declared=lambda device: register_device(registry, device),
-            on_device_withdrawn=lambda device: unregister_device(registry, device),
-        )
+        machine = await self._machine(registry, ownership, settings, relay)
         stack.callback(machine.close)
-        if ownership.record.hold is Hold.INCOMPLETE:
-            # To look at a mapping is to register it anew, and that would let go of who waits there: with zeros.
-            machine.bar(ownership.text())
 
         def synced(newly_dirty: int) -> None:
             outgoing.synced(newly_dirty)
@@ -173,6 +161,29 @@ class Daemon:
         await self._open_sockets(stack, services, machine, migrator)
         return migrator
 
+    async def _machine(
+        self,
+        registry: SaveVMRegistry,
+        ownership: Ownership,
+        settings: Settings,
+        on_event: Callable[[str, dict[str, object]], None],
+    ) -> Machine:
+        config = self._config.machine
+        machine = Machine(
+            config.name,
+            uuid=config.uuid,
+            machine_type=config.type,
+            initial_run_state=await self._initial_run_state(ownership),
+            stop_timeout_s=lambda: settings.seconds("x-migrated-stop-timeout"),
+            on_event=on_event,
+            on_device_declared=lambda device: register_device(registry, device),
+            on_device_withdrawn=lambda device: unregister_device(registry, device),
+        )
+        if ownership.record.hold in (Hold.PREPARED, Hold.INCOMPLETE):
+            # To look at a mapping is to register it anew, and that would let go of who waits there: with zeros.
+            machine.bar(ownership.text())
+        return machine
+
     async def _initial_run_state(self, ownership: Ownership) -> RunState:
         """Decide what this host is, from its record first and its configuration second."""
         match ownership.record.hold:
@@ -180,7 +191,7 @@ class Daemon:
                 return ownership.record.run_state
             case Hold.PARTIAL:
                 return RunState.INMIGRATE
-            case Hold.INCOMPLETE:
+            case Hold.PREPARED | Hold.INCOMPLETE:
                 # What is missing cannot be told from what is there any more: nobody may touch that memory.
                 self._log.error("memory_incomplete", text=ownership.text(), next_step=ownership.next_step())
                 return RunState.IO_ERROR
