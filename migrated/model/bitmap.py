@@ -247,6 +247,10 @@ class PageBitmap:
         """Clear every page that is set in ``other``; return how many were set before."""
         return -self._combine(self._words & ~self._same_size(other))
 
+    def intersect(self, other: PageBitmap) -> int:
+        """Clear every page that is not set in ``other``; return how many were set before."""
+        return -self._combine(self._words & self._same_size(other))
+
     def _same_size(self, other: PageBitmap) -> Words:
         if other.pages != self.pages:
             raise ValueError(f"a bitmap of {other.pages} pages does not fit one of {self.pages}")
@@ -259,9 +263,16 @@ class PageBitmap:
 
     def ranges(self) -> tuple[Pages, Pages]:
         """Return the set pages as ascending ranges starts[i]..ends[i]-1."""
-        bits = np.unpackbits(self._words.view(np.uint8), bitorder="little").view(np.int8)
-        edges = np.diff(bits, prepend=np.int8(0), append=np.int8(0))
-        return np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+        # A bit that differs from the one before it: few words have one, where ranges are long.
+        before = self._words << np.uint64(1)
+        before[1:] |= self._words[:-1] >> np.uint64(_WORD_BITS - 1)
+        edges = self._words ^ before
+        used = np.flatnonzero(edges)
+        bits = np.flatnonzero(np.unpackbits(edges[used].view(np.uint8), bitorder="little"))
+        at = (used[bits >> 6] << 6) + (bits & 63)
+        if len(at) % 2:
+            at = np.append(at, self.pages)
+        return at[::2], at[1::2]
 
     def to_bytes(self) -> bytes:
         """Return the bitmap as RECV_BITMAP carries it: whole words of 8 bytes."""

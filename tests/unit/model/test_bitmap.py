@@ -221,3 +221,14 @@ def test_pages_that_do_not_exist() -> None:
 def test_bitmaps_of_another_size() -> None:
     with pytest.raises(ValueError, match="64 pages does not fit one of 65"):
         PageBitmap(65).or_update(PageBitmap(64))
+
+
+@given(st.sets(st.integers(0, 199)), st.sets(st.integers(0, 199)))
+def test_what_two_bitmaps_have_in_common(one: set[int], other: set[int]) -> None:
+    bitmap, second = PageBitmap(200), PageBitmap(200)
+    bitmap.set_pages(array(*one))
+    second.set_pages(array(*other))
+    assert bitmap.intersect(second) == len(one - other)
+    assert bitmap.count == len(one & other)
+    starts, ends = bitmap.ranges()
+    assert {page for start, end in zip(starts, ends, strict=True) for page in range(start, end)} == one & other
