@@ -9,6 +9,8 @@ again when the destination says that it did not start. Without an answer it stay
     none        | once asked   | `cont` makes it owner; the first section of an arriving machine makes it partial
     partial     | no           | a whole machine: owner; one whose memory follows: incomplete; let go: none;
                 |              | another attempt: partial
+    prepared    | no           | the source is about to hand it over: the commit makes it incomplete; without one it is
+                |              | what it was; a restart in between: let go, and the source says who owns it
     incomplete  | it does      | postcopy: its memory still comes from the source; all has arrived: owner
     owner       | yes          | the last byte goes out: released; an arrived machine that cannot start goes back:
                 |              | moved; a snapshot overwrites it: partial
@@ -38,6 +40,7 @@ class Hold(StrEnum):
 
     NONE = "none"
     PARTIAL = "partial"
+    PREPARED = "prepared"
     INCOMPLETE = "incomplete"
     OWNER = "owner"
     RELEASED = "released"
@@ -48,11 +51,12 @@ class Hold(StrEnum):
 #: Which record may follow which; the one place that knows.
 NEXT: Mapping[Hold, frozenset[Hold]] = {
     Hold.NONE: frozenset({Hold.OWNER, Hold.PARTIAL}),
-    Hold.PARTIAL: frozenset({Hold.OWNER, Hold.INCOMPLETE, Hold.ACCEPTED, Hold.NONE, Hold.PARTIAL}),
+    Hold.PARTIAL: frozenset({Hold.OWNER, Hold.INCOMPLETE, Hold.ACCEPTED, Hold.NONE, Hold.PARTIAL, Hold.PREPARED}),
+    Hold.PREPARED: frozenset({Hold.INCOMPLETE, Hold.PARTIAL, Hold.MOVED, Hold.NONE}),
     Hold.INCOMPLETE: frozenset({Hold.OWNER, Hold.NONE}),
     Hold.OWNER: frozenset({Hold.RELEASED, Hold.MOVED, Hold.PARTIAL}),
     Hold.RELEASED: frozenset({Hold.MOVED, Hold.OWNER}),
-    Hold.MOVED: frozenset({Hold.OWNER, Hold.INCOMPLETE, Hold.ACCEPTED}),
+    Hold.MOVED: frozenset({Hold.OWNER, Hold.INCOMPLETE, Hold.ACCEPTED, Hold.PREPARED}),
     Hold.ACCEPTED: frozenset({Hold.OWNER, Hold.MOVED}),
 }
 
@@ -67,6 +71,14 @@ ADVICE: Mapping[Hold, tuple[str, str]] = {
         (
             "migrate it again; or, to begin afresh, end the workload here, let go of its memory (`migratectl release`)"
             " and start it anew"
+        ),
+    ),
+    Hold.PREPARED: (
+        "{peer} was about to hand the machine over, and whether it did is not known here",
+        (
+            "end the workload here, then `migratectl release`; ask the other host (`migratectl status` there): where"
+            " it owns the machine, migrate it again; where it let go of it, `migratectl resolve --peer-is-fenced` there"
+            " brings it back"
         ),
     ),
     Hold.INCOMPLETE: (
@@ -185,7 +197,7 @@ class Ownership:
 
     def require_may_receive(self) -> None:
         """Raise CommandError where an arriving machine would be a second owner's."""
-        if self.record.hold in OWNING or self.outcome_unknown:
+        if self.record.hold in OWNING | {Hold.PREPARED} or self.outcome_unknown:
             raise CommandError(f"this host cannot take a machine in: {self.text()}")
 
     def text(self) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from typing import Any
 
+from migrated.daemon.record import FileRecordStore
 from migrated.demo.site import Site
 from tests.integration.conftest import MakeSite
 from tests.support.following import wait_status, wait_until
@@ -13,8 +13,8 @@ from tests.support.following import wait_status, wait_until
 
 def record(site: Site) -> Any:
     """Return what stands on the site's disk."""
-    path = site.directory / "state" / "ownership.json"
-    return json.loads(path.read_text())["hold"] if path.exists() else "none"
+    found = FileRecordStore(site.directory / "state").read()
+    return found["hold"] if found else "none"
 
 
 def test_a_destination_that_is_told_to_end_does_not_hand_the_machine_back(make_site: MakeSite) -> None:
