@@ -151,6 +151,10 @@ class IncomingMigration:
             self.postcopy.released.set()
 
     async def _failed(self, error: MigratedError) -> None:
+        try:
+            await self._take_over.dismiss()
+        except OSError as failure:
+            self._host.log.error("record_not_written", error=str(failure), migration_id=self.migration_id)
         self.error = without_frames(error)
         self._host.log.error("migration_failed", error=str(error), migration_id=self.migration_id, role="incoming")
         self.status.advance(MigrationStatus.ACTIVE, expected={MigrationStatus.NONE})

@@ -282,7 +282,7 @@ class Migrator:
         """Let go of the memory of a machine that moved away, or came only in part (``x-migrated-release``)."""
         ownership = self._host.ownership
         self._require_idle()
-        if ownership.record.hold not in (Hold.MOVED, Hold.PARTIAL, Hold.INCOMPLETE):
+        if ownership.record.hold not in (Hold.MOVED, Hold.PARTIAL, Hold.PREPARED, Hold.INCOMPLETE):
             raise CommandError("only the memory of a machine that moved away, or came only in part, can be released")
         if ownership.record.hold is not Hold.MOVED:
             mappings = [mapping for block in self._host.machine.ram_blocks() for mapping in block.mappings]

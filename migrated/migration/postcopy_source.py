@@ -3,8 +3,9 @@
 The rule of the file: up to the commit every failure gives the machine back to the source; from the commit on the
 source only serves, and a broken connection is a pause, never an end.
 
-    stop -> END of what cannot follow -> DISCARD -> PACKAGED{LISTEN, devices, PING 3, RUN} -> PONG 3: devices are loaded
-         -> record "released" -> commit -> its echo: record "moved" -> PARTs: requested pages first -> END -> SHUT 0
+    the destination writes "prepared" -> stop -> END of what cannot follow -> DISCARD -> PACKAGED{LISTEN, devices, PING
+         3, RUN} -> PONG 3: devices are loaded; record "released" (begun at the stop) -> nobody writes -> commit -> its
+         echo: record "moved" -> PARTs: requested pages first -> END -> SHUT 0
 
 A QEMU starts by itself at the end of the package, so "released" is written before the package, and PONG 3 is the
 answer. Source of the phases: QEMU 7.2; postcopy-device is that of QEMU 10.2.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 
-from migrated.errors import ChannelError, MigrationCancelled, PeerRefused
+from migrated.errors import ChannelError, MigrationCancelled, PeerRefused, WorkloadError
 from migrated.migration.host import Host, first_error, insist, resume_machine
 from migrated.migration.operator_pause import OperatorPause
 from migrated.migration.ownership import Hold
@@ -27,7 +28,7 @@ from migrated.model.status import MigrationStatus, StatusCell
 from migrated.stream.outgoing import OutgoingStream
 from migrated.transport.channel import Channel, SocketChannel
 from migrated.transport.memory import MemoryChannel
-from migrated.wire.command import COMMIT_PING, Command, encode_command, ping_payload
+from migrated.wire.command import COMMIT_PING, PREPARE_PING, Command, encode_command, ping_payload
 from migrated.wire.postcopy import encode_packaged, encode_recv_bitmap
 from migrated.wire.section import EOF_BYTE
 
@@ -48,6 +49,7 @@ class PostcopySource:
         self._migration_id = migration_id
         self.committed = False
         """The machine may run at the other end: nothing gives it back any more."""
+        self._releasing: asyncio.Future[None] | None = None
         self.answered = False
         """The other end has said that it does."""
 
@@ -56,6 +58,10 @@ class PostcopySource:
 
         Raises with the machine as it was before, or, when `committed`, with the migration to be paused.
         """
+        if link.kind is PeerKind.MIGRATED:
+            # What the destination has to write, it writes while the machine runs.
+            await link.command(Command.PING, ping_payload(PREPARE_PING))
+            await self._wait_pong(link, PREPARE_PING, "the destination prepares")
         previous = self._host.machine.run_state
         try:
             async with self._host.lock:
@@ -67,9 +73,12 @@ class PostcopySource:
                 group.create_task(link.return_path.watch_link())
                 aside = self._beside(group, link)
                 await self._wait_devices(link)
-                if link.kind is PeerKind.MIGRATED:
-                    await self._release(link, on_commit)
+                if self._releasing is not None:
+                    await self._releasing
+                    self._host.postcopy_save.stopped_so_far(self._stray)
+                    self._commit(on_commit)
                     await link.command(Command.PING, ping_payload(COMMIT_PING))
+                    self._status.advance(MigrationStatus.POSTCOPY_ACTIVE)
                     await self._wait_pong(link, COMMIT_PING, "the destination takes over")
                 await self._answered(link)
                 aside.append(group.create_task(self._beat(link)))
@@ -94,6 +103,10 @@ class PostcopySource:
         if host.settings.enabled("pause-before-switchover"):
             await self._pause.wait(f, answers=True)
             ledger.mark("operator", clock())
+        if link.kind is PeerKind.MIGRATED:
+            # It takes as long as all the rest, and up to the commit it can be undone.
+            self._releasing = asyncio.ensure_future(self._write_released(link))
+            await asyncio.sleep(0)  # and now it has begun
         self._progress.meter.set_limit(0)
         await host.registry.save_live_complete_precopy(f, postcopy=True)
         await host.postcopy_save.begin_postcopy(f, preempt=link.urgent is not None)
@@ -101,16 +114,19 @@ class PostcopySource:
         package = await self._package()
         if link.kind is PeerKind.QEMU:
             # It starts when it has read the package.
+            await host.postcopy_save.require_stopped()
             self._advance(MigrationStatus.POSTCOPY_ACTIVE)
-            await self._release(link, on_commit)
-        else:
-            self._advance(MigrationStatus.DEVICE)
-            self._advance(MigrationStatus.POSTCOPY_DEVICE)
+            host.machine.check_alive()
+            await self._write_released(link)
+            self._commit(on_commit)
         f.put_command(Command.PING, ping_payload(SETUP_PING))
         f.put_buffer(encode_packaged(len(package)))
         f.put_buffer(package)
         f.put_command(Command.PING, ping_payload(PACKAGE_PING))
         await f.drain()
+        if link.kind is PeerKind.MIGRATED:  # told to the log and to clients while the destination works
+            self._advance(MigrationStatus.DEVICE)
+            self._advance(MigrationStatus.POSTCOPY_DEVICE)
 
     async def _package(self) -> bytes:
         """Return LISTEN, the devices, and RUN, as one piece."""
@@ -132,16 +148,23 @@ class PostcopySource:
         await self._wait_pong(link, DEVICES_PING, "the destination loads the devices")
         self._progress.ledger.mark("devices", self._host.clock())
 
-    async def _release(self, link: Link, on_commit: Callable[[], None]) -> None:
-        self._host.machine.check_alive()  # who watches may not have had its turn yet, and is dismissed here
+    async def _write_released(self, link: Link) -> None:
         await self._host.ownership.become(Hold.RELEASED, peer=link.peer, migration_id=self._migration_id)
+
+    def _stray(self, error: WorkloadError) -> None:
+        # Too late to give the machine back: at the other end it may lack what was written here.
+        self._host.log.error("stray_write_after_commit", error=str(error), migration_id=self._migration_id)
+
+    def _commit(self, on_commit: Callable[[], None]) -> None:
+        self._host.machine.check_alive()  # who watches may not have had its turn yet, and is dismissed here
+        self._progress.ledger.mark("record", self._host.clock())
         self.committed = True
         on_commit()
-        self._progress.ledger.mark("record", self._host.clock())
-        self._status.advance(MigrationStatus.POSTCOPY_ACTIVE)
 
     async def _take_back(self, previous: RunState) -> None:
         host = self._host
+        if self._releasing is not None:
+            await asyncio.wait([self._releasing])  # whatever came of it, it is known then
         async with host.lock:
             if host.ownership.record.hold is Hold.RELEASED:
                 await host.ownership.become(Hold.OWNER)

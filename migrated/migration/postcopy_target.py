@@ -24,14 +24,16 @@ from migrated.migration.take_over import TakeOver
 from migrated.model.faults import FaultFigures
 from migrated.model.postcopy import PostcopyState, PostcopyStep, next_state
 from migrated.model.status import MigrationStatus, StatusCell
-from migrated.stream.incoming import IncomingStream
+from migrated.stream.incoming import PIECE_MAX_BYTES, IncomingStream
 from migrated.transport.channel import Channel, SocketChannel
 from migrated.transport.memory import MemoryChannel
-from migrated.wire.command import COMMIT_PING, Command
+from migrated.wire.command import COMMIT_PING, PREPARE_PING, Command
 from migrated.wire.postcopy import Advise, check_advise, parse_advise, parse_discard, parse_recv_bitmap
 from migrated.wire.section import CommandHeader
 
 PAGE_SIZE = 4096
+#: A large buffer takes longer to get than most packages to read.
+PACKAGE_BUFFER_BYTES = PIECE_MAX_BYTES
 #: Reads the elements of a stream until EOF or RUN.
 ReadElements = Callable[[IncomingStream], Awaitable[None]]
 
@@ -103,7 +105,6 @@ class PostcopyTarget:
                 if isinstance(self._link.channel, SocketChannel):
                     self._link.channel.take_short_turns()
                 self.faults = self._host.postcopy_load.faults
-                self._status.advance(MigrationStatus.POSTCOPY_ACTIVE)
                 self._listens.set()
             case Command.POSTCOPY_RUN:
                 self._step(PostcopyStep.RUN)
@@ -128,6 +129,13 @@ class PostcopyTarget:
     def _step(self, step: PostcopyStep) -> None:
         self._state = next_state(self._state, step)
 
+    def _require_advised(self) -> None:
+        if self._state not in (PostcopyState.ADVISE, PostcopyState.DISCARD):
+            raise RemoteProtocolError(
+                "a machine is to be handed over where no postcopy was announced, or all of it is here",
+                expected="POSTCOPY_ADVISE before it", found=f"postcopy state {self._state.name}",
+            )  # fmt: skip
+
     def _require_recovery(self, command: Command) -> None:
         if self._status.value is not MigrationStatus.POSTCOPY_RECOVER:
             raise RemoteProtocolError(
@@ -142,6 +150,9 @@ class PostcopyTarget:
             self.loaded = self._link.kind is PeerKind.MIGRATED
         if self.running:
             await self._link.return_path.faults(self.faults)
+        if value == PREPARE_PING and not self.running:
+            self._require_advised()
+            await self._take_over.prepare()
         if value == COMMIT_PING:
             self._committed.set()
             if not self.running:
@@ -168,10 +179,15 @@ class PostcopyTarget:
             lost.cancel()
 
     async def _load(self, package: bytes) -> None:
-        stream = IncomingStream(MemoryChannel(package), silence_timeout_s=self._host.settings.silence_timeout_s)
+        stream = IncomingStream(
+            MemoryChannel(package),
+            silence_timeout_s=self._host.settings.silence_timeout_s,
+            buffer_bytes=PACKAGE_BUFFER_BYTES,
+        )
         await self._read(stream)
         if not self.ran:
             raise RemoteProtocolError("the package ended without RUN", section="package", expected="POSTCOPY_RUN")
+        self._status.advance(MigrationStatus.POSTCOPY_ACTIVE)  # told to the log and to clients once the source knows
 
     async def _until_committed(self, listener: asyncio.Task[None]) -> None:
         committed = asyncio.ensure_future(self._committed.wait())

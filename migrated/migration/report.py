@@ -28,6 +28,7 @@ _WITH_FIGURES = frozenset(
 _OUTCOME = {
     Hold.NONE: "source-owns",
     Hold.PARTIAL: "source-owns",
+    Hold.PREPARED: "source-owns",
     Hold.INCOMPLETE: "source-owns",
     Hold.OWNER: "source-owns",
     Hold.RELEASED: "unknown",

@@ -58,6 +58,10 @@ DEVICES_PING = 3
 PACKAGE_PING = 4
 
 
+#: What a recovery waits for.
+BITMAPS, RESUMED = "bitmaps", "resumed"
+
+
 class PeerKind(StrEnum):
     """Who is at the other end."""
 
@@ -85,12 +89,11 @@ class ReturnPathReader:
         self._on_faults = on_faults
         self.kind: asyncio.Future[PeerKind] = asyncio.get_running_loop().create_future()
         self.answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._ended = asyncio.Event()
-        self._pongs: dict[int, asyncio.Event] = defaultdict(asyncio.Event)
+        self._ended = False
+        self._heard: dict[str | int, asyncio.Future[None]] = defaultdict(asyncio.get_running_loop().create_future)
+        """What somebody may wait for: PONGs by their value, the rest by name. Cancelled at the end."""
         self._bitmap_pages: Mapping[str, int] = {}
         self._bitmaps: dict[str, bytes] = {}
-        self._bitmaps_complete = asyncio.Event()
-        self._resumed = asyncio.Event()
         self._greeted = False
         self.features = 0
         """What a `migrated` destination understands besides (FEATURE_...)."""
@@ -109,7 +112,9 @@ class ReturnPathReader:
         except MigratedError as error:
             self._fail(error)
         finally:
-            self._ended.set()
+            self._ended = True
+            for heard in self._heard.values():
+                heard.cancel()
 
     async def watch(self) -> None:
         """Raise as soon as the destination gives up. Cancel this before the last byte: then an answer is expected."""
@@ -147,7 +152,7 @@ class ReturnPathReader:
             case ResumeAck(value=value):
                 if value != 1:
                     raise RemoteProtocolError(f"RESUME_ACK with value {value}", section="return path", expected="1")
-                self._resumed.set()
+                self._hear(RESUMED)
             case SwitchoverAck():
                 raise RemoteProtocolError(
                     f"{type(message).__name__} belongs to a feature that is not on", section="return path"
@@ -159,7 +164,7 @@ class ReturnPathReader:
             self.features = value & ~PEER_FEATURES_MASK
         if value == FIRST_PING and not self.kind.done():
             self.kind.set_result(PeerKind.MIGRATED if self._greeted else PeerKind.QEMU)
-        self._pongs[value].set()
+        self._hear(value)
 
     async def _take_bitmap(self, block: str) -> None:
         if block not in self._bitmap_pages or block in self._bitmaps:
@@ -168,7 +173,11 @@ class ReturnPathReader:
             )
         self._bitmaps[block] = await self._stream.run(parse_bitmap_body(block, self._bitmap_pages[block]))
         if len(self._bitmaps) == len(self._bitmap_pages):
-            self._bitmaps_complete.set()
+            self._hear(BITMAPS)
+
+    def _hear(self, what: str | int) -> None:
+        if not self._heard[what].done():
+            self._heard[what].set_result(None)
 
     def _fail(self, error: MigratedError) -> None:
         refusal = self.refusal()
@@ -191,7 +200,7 @@ class ReturnPathReader:
 
     async def wait_pong(self, value: int, timeout_s: float, phase: str) -> None:
         """Wait for the echo of a PING. Raises ChannelTimeout, or what ended the return path."""
-        await self._wait(self._pongs[value], timeout_s, f"no PONG within {timeout_s:g} s", phase)
+        await self._wait(value, timeout_s, f"no PONG within {timeout_s:g} s", phase)
 
     async def wait_bitmaps(
         self, pages: Mapping[str, int], ask: Callable[[], Awaitable[None]], timeout_s: float
@@ -201,24 +210,21 @@ class ReturnPathReader:
         await ask()
         if pages:
             missing = f"not all received bitmaps within {timeout_s:g} s"
-            await self._wait(self._bitmaps_complete, timeout_s, missing, "recovering")
+            await self._wait(BITMAPS, timeout_s, missing, "recovering")
         return self._bitmaps
 
     async def wait_resumed(self, timeout_s: float) -> None:
         """Wait for RESUME_ACK."""
-        await self._wait(self._resumed, timeout_s, f"no RESUME_ACK within {timeout_s:g} s", "recovering")
+        await self._wait(RESUMED, timeout_s, f"no RESUME_ACK within {timeout_s:g} s", "recovering")
 
-    async def _wait(self, event: asyncio.Event, timeout_s: float, text: str, phase: str) -> None:
-        """Wait for an event or the end of the return path, whichever is first."""
-        waits = {asyncio.ensure_future(event.wait()), asyncio.ensure_future(self._ended.wait())}
-        try:
-            await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-        if event.is_set():
+    async def _wait(self, what: str | int, timeout_s: float, text: str, phase: str) -> None:
+        """Wait for a message or the end of the return path, whichever is first."""
+        heard = self._heard[what]
+        if not (self._ended or heard.done()):
+            await asyncio.wait([heard], timeout=timeout_s)
+        if heard.done() and not heard.cancelled():
             return
-        if not self._ended.is_set():
+        if not self._ended:
             raise ChannelTimeout(text, phase=phase)
         await asyncio.shield(self.answer)
         raise self.refusal() or PeerRefused("the destination ended the migration before it had everything")

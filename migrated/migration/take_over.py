@@ -5,11 +5,15 @@ the source hears of it. Once it has begun, nothing is given up any more: the rec
 
     from a `migrated` source     owner -> run -> SHUT 0
     from a QEMU                  accepted -> SHUT 0 -> its orderly end -> owner -> run: a QEMU resumes without SHUT 0
-    by postcopy                  incomplete -> run -> ... all memory -> owner -> SHUT 0
+    by postcopy                  [prepared ->] incomplete -> run -> ... all memory -> owner -> SHUT 0
+
+A destination that is prepared runs the machine while it writes that it does: whatever happens to it meanwhile, its
+record says to ask, and the source, which has let go, says who owns the machine.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Callable
 
@@ -32,6 +36,8 @@ class TakeOver:
         self._autostart = autostart
         self.begun = False
         """From here on nothing is given up any more."""
+        self._before = host.ownership.record
+        """What holds if nothing comes of it."""
 
     async def precopy(self) -> None:
         """Run a machine that is all here."""
@@ -57,16 +63,40 @@ class TakeOver:
                 # The machine runs here. The source will say "unknown"; this host knows.
                 host.log.warning("answer_not_delivered", error=str(error), migration_id=self._migration_id)
 
+    async def prepare(self) -> None:
+        """Write that the machine is about to be handed over."""
+        self._before = self._host.ownership.record
+        await self._become(Hold.PREPARED)
+
+    async def dismiss(self) -> None:
+        """Nothing came of it: write what was true before. Twice does no harm."""
+        if self._host.ownership.record.hold is Hold.PREPARED and not self.begun:
+            before = self._before
+            await self._host.ownership.become(before.hold, peer=before.peer, migration_id=before.migration_id)
+
     async def postcopy(self) -> None:
         """Run a machine whose memory is not all here."""
         host, state = self._host, self._run_state()
         async with host.lock:
             host.machine.check_alive()
             self.begun = True
-            await self._become(Hold.INCOMPLETE, state)
+            prepared = host.ownership.record.hold is Hold.PREPARED
+            writing = asyncio.ensure_future(self._become(Hold.INCOMPLETE, state))
+            if not prepared:
+                await writing
             host.postcopy_load.started()
-            await self._start(state, confirm=False)
+            try:
+                await self._start(state, confirm=False)
+            finally:
+                await self._written(writing)
         self._link.expect_heartbeat()
+
+    async def _written(self, writing: asyncio.Future[None]) -> None:
+        try:
+            await writing
+        except OSError as error:
+            # It runs here all the same; on disk "prepared" stays, which says to ask the source, and that knows.
+            self._host.log.error("record_not_written", error=str(error), migration_id=self._migration_id)
 
     async def finish_postcopy(self, faults: FaultFigures | None) -> None:
         """All memory is here: the source may let go of it."""

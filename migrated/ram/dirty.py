@@ -61,8 +61,13 @@ class DirtyLog:
         """
         return await in_thread(self._sync, dirty)
 
-    async def stray_write(self) -> StrayWrite | None:
-        """Look once more without a writer being allowed to exist: the first page that was written, if any."""
+    async def stray_write(self, *, clear: bool = False) -> StrayWrite | None:
+        """Look once more without a writer being allowed to exist: the first page that was written, if any.
+
+        ``clear``: what was written up to now is not looked at.
+        """
+        if clear:
+            await in_thread(self._clear)
         return await in_thread(self._stray_write)
 
     async def stop(self) -> None:
@@ -118,6 +123,9 @@ class DirtyLog:
         log.registered.discard(mapping)
         self._protect(log, mapping)
         return [(np.array([0]), np.array([mapping.length // log.block.page_size]))]
+
+    def _clear(self) -> None:
+        self._sync({log.block.name: PageBitmap(log.block.size_bytes // log.block.page_size) for log in self._logs})
 
     def _stray_write(self) -> StrayWrite | None:
         for log in self._logs:

@@ -152,6 +152,8 @@ class RamLoad:
                     expected=f"whole pages below {size:#x}",
                     found=f"{length:#x} bytes from {start:#x}",
                 )
+        if not arrivals.count:
+            return  # emptied when it was announced, and nobody has touched it since
         await asyncio.to_thread(_punch, arrivals.block.memfd, ranges)
         for start, length in ranges:
             arrivals.remove(start // PAGE, (start + length) // PAGE)

@@ -27,7 +27,7 @@ from migrated.errors import RemoteProtocolError, WorkloadError
 from migrated.kernel.memory import data_extents
 from migrated.model.bitmap import PageBitmap
 from migrated.model.stats import RamStats
-from migrated.ram.dirty import DirtyLog
+from migrated.ram.dirty import DirtyLog, StrayWrite
 from migrated.ram.page_sender import PageSender
 from migrated.ram.page_server import PageServer
 from migrated.ram.unsent import Unsent
@@ -78,6 +78,9 @@ class RamSave:
         self._unsent = Unsent([])
         self._log: DirtyLog | None = None
         self._sender = PageSender(self._stats, 0)
+        self._check: asyncio.Future[StrayWrite | None] | None = None
+        """Whether the machine really stands still: begun in `begin_postcopy`, beside everything else."""
+        self._holes_unknown = False
         self._server: PageServer | None = None
         """From `begin_postcopy` on."""
         self._everything.clear()
@@ -114,6 +117,8 @@ class RamSave:
 
     async def save_live_iterate(self, f: OutgoingStream, opaque: Any) -> bool:
         """Send dirty pages until the window's budget or 50 ms are used up, or nothing is left (True)."""
+        if self._holes_unknown and self._everything.is_set():
+            await self._find_holes()
         server = self._server
         deadline = self._clock() + (POSTCOPY_ITERATE_MAX_S if server else ITERATE_MAX_S)
         done = False
@@ -128,6 +133,11 @@ class RamSave:
         f.put_buffer(EOS)
         return done
 
+    async def _find_holes(self) -> None:
+        self._holes_unknown = False
+        for block in self._unsent.blocks:
+            self._unsent.narrow(block.name, *await asyncio.to_thread(_split_holes, block))
+
     @property
     def _only_requests(self) -> bool:
         return self._server is not None and not self._everything.is_set()
@@ -138,7 +148,7 @@ class RamSave:
         while await self._send_chunk(f):
             pass
         f.put_buffer(EOS)
-        await self._require_stopped()
+        await self.require_stopped()
 
     async def save_live_complete_postcopy(self, f: OutgoingStream, opaque: Any) -> None:
         """Say that nothing is left."""
@@ -158,19 +168,36 @@ class RamSave:
         self._begin_sending(preempt=self._server.apart)
         self._update_remaining()
 
-    async def _require_stopped(self) -> None:
+    async def require_stopped(self) -> None:
+        """Prove that nobody writes any more. Raises WorkloadError naming who does."""
+        if (stray := await (self._check or self._stray_write())) is not None:
+            raise _not_stopped(stray)
+
+    def stopped_so_far(self, late: Callable[[WorkloadError], None]) -> None:
+        """Raise WorkloadError if somebody is known to write; what is found out later is told to ``late``."""
+        check = self._check
+        assert check is not None
+        if check.done():
+            if (stray := check.result()) is not None:
+                raise _not_stopped(stray)
+            return
+
+        def tell(check: asyncio.Future[StrayWrite | None]) -> None:
+            if check.exception() is None and (stray := check.result()) is not None:
+                late(_not_stopped(stray))
+
+        check.add_done_callback(tell)
+
+    async def _stray_write(self, *, clear: bool = False) -> StrayWrite | None:
         assert self._log is not None
-        if (stray := await self._log.stray_write()) is not None:
-            raise WorkloadError(
-                stray.workload,
-                f"it wrote to block {stray.block} after it said it had stopped"
-                f" ({stray.pages} pages, the first is page {stray.page}); on_stop must quiesce every writer",
-            )
+        return await self._log.stray_write(clear=clear)
 
     async def save_cleanup(self, opaque: Any) -> None:
         """Stop tracking and let the buffers go."""
-        log = self._log
+        log, check = self._log, self._check
         self._reset()
+        if check is not None:
+            await asyncio.wait([check])
         if log is not None:
             await log.stop()
 
@@ -178,8 +205,13 @@ class RamSave:
 
     async def begin_postcopy(self, f: OutgoingStream, *, preempt: bool) -> None:
         """Look at the log for the last time, and have the destination drop what is not sent yet."""
-        await self._sync()
-        await self._require_stopped()
+        assert self._log is not None
+        self._holes_unknown = self._unsent.untouched
+        if self._holes_unknown:
+            self._unsent.take_all_for_dirty()  # what the log could say; the holes are looked for once the machine runs
+        else:
+            await self._sync()
+        self._check = asyncio.ensure_future(self._stray_write(clear=self._holes_unknown))
         nothing = True
         for block in self._unsent.blocks:
             left = self._unsent.left(block)
@@ -287,6 +319,14 @@ class RamSave:
             return False
         await self._sender.send(f, block, pages)
         return True
+
+
+def _not_stopped(stray: StrayWrite) -> WorkloadError:
+    return WorkloadError(
+        stray.workload,
+        f"it wrote to block {stray.block} after it said it had stopped"
+        f" ({stray.pages} pages, the first is page {stray.page}); on_stop must quiesce every writer",
+    )
 
 
 async def _either(*events: asyncio.Event) -> None:

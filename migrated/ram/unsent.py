@@ -50,6 +50,24 @@ class Unsent:
         """Replace both bitmaps of a block."""
         self.dirty[name], self.holes[name] = dirty, holes
 
+    @property
+    def untouched(self) -> bool:
+        """True where nothing was sent of any block."""
+        return self.bytes_left == sum(block.size_bytes for block in self.blocks)
+
+    def take_all_for_dirty(self) -> None:
+        """Forget which pages are holes: of memory that was written since, nobody has looked."""
+        for bitmap in self.dirty.values():
+            bitmap.set_all()
+        for bitmap in self.holes.values():
+            bitmap.clear_all()
+
+    def narrow(self, name: str, dirty: PageBitmap, holes: PageBitmap) -> None:
+        """Take a block apart anew, where all that was not sent of it was taken for dirty."""
+        for bitmap in (dirty, holes):
+            bitmap.intersect(self.dirty[name])
+        self.split(name, dirty, holes)
+
     def forget_holes(self) -> None:
         """Take dirty pages out of the holes, whose announcement could otherwise overwrite newer content."""
         for name, holes in self.holes.items():

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from migrated.errors import WorkloadError
 from migrated.model.faults import FaultFigures
 from migrated.model.runstate import RunState
 from migrated.stream.incoming import IncomingStream
@@ -232,7 +233,18 @@ class PostcopySavePort(Protocol):
 
         ``preempt``: what is requested goes over a connection of its own (`serve_urgent`).
 
-        From here on only what is requested is sent, until `begin_background`. Raises WorkloadError for a stray writer.
+        From here on only what is requested is sent, until `begin_background`.
+        """
+        ...
+
+    async def require_stopped(self) -> None:
+        """Prove that nobody has written since. Raises WorkloadError for a stray writer."""
+        ...
+
+    def stopped_so_far(self, late: Callable[[WorkloadError], None]) -> None:
+        """The same without waiting: a look that goes on is nothing to stand still for, and tells ``late``.
+
+        Raises WorkloadError for what is known now.
         """
         ...
 

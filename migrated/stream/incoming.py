@@ -46,10 +46,12 @@ PATIENCE = 3
 class IncomingStream:
     """Buffered, deadline-keeping reader of one migration stream."""
 
-    def __init__(self, channel: Channel, *, silence_timeout_s: Callable[[], float]) -> None:
+    def __init__(
+        self, channel: Channel, *, silence_timeout_s: Callable[[], float], buffer_bytes: int = BUFFER_BYTES
+    ) -> None:
         self._channel = channel
         self._silence_timeout_s = silence_timeout_s
-        self._memory = bytearray(BUFFER_BYTES)
+        self._memory = bytearray(buffer_bytes)
         self._view = memoryview(self._memory)
         self._address: int = np.frombuffer(self._memory, np.uint8).__array_interface__["data"][0]
         self._start = 0

@@ -61,6 +61,9 @@ PEER_PONG = 0x4D494744
 PEER_FEATURES = 0x4D460000
 PEER_FEATURES_MASK = 0xFFFF0000
 FEATURE_SECTIONS = 0x0001
+#: Postcopy between two `migrated` daemons ("MIGP"): the machine is about to be handed over. The echo says that the
+#: destination has written so, and will ask before it acts, whatever happens to it.
+PREPARE_PING = 0x4D494750
 #: Postcopy between two `migrated` daemons ("MIGC"): the source lets go of the machine. The echo says that it runs.
 COMMIT_PING = 0x4D494743
 
