@@ -171,12 +171,12 @@ async def _getfd(call: Call, arguments: shapes.FdNameArguments) -> object:
     if arguments.fdname[:1].isdigit():  # `fd:7` names a descriptor by number
         os.close(fd)
         raise CommandError("Parameter 'fdname' expects a name not starting with a digit")
-    call.services.migrator.add_fd(arguments.fdname, fd)
+    call.services.migrator.descriptors.add(arguments.fdname, fd)
     return {}
 
 
 async def _closefd(call: Call, arguments: shapes.FdNameArguments) -> object:
-    call.services.migrator.close_fd(arguments.fdname)
+    call.services.migrator.descriptors.remove(arguments.fdname)
     return {}
 
 

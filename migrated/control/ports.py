@@ -75,11 +75,10 @@ class MigratorPort(Protocol):
         """Settle an unknown outcome by an operator's statement; exactly one of the two is true."""
         ...
 
-    def add_fd(self, name: str, fd: int) -> None:
-        """Keep ``fd`` (owned from here on, also when this raises) under a name for ``fd:`` URIs."""
+    @property
+    def descriptors(self) -> DescriptorsPort:
+        """Descriptors under names, for ``fd:`` URIs."""
         ...
-
-    def close_fd(self, name: str) -> None: ...
 
     def ownership(self) -> dict[str, object]:
         """What the ownership record says, and what may safely be done next."""
@@ -88,6 +87,16 @@ class MigratorPort(Protocol):
     def subscribe(self, callback: EventCallback) -> Callable[[], None]:
         """Have ``callback`` called for every event; returns what ends that."""
         ...
+
+
+class DescriptorsPort(Protocol):
+    """Descriptors that clients have passed."""
+
+    def add(self, name: str, fd: int) -> None:
+        """Keep ``fd`` (owned from here on, also when this raises) under a name."""
+        ...
+
+    def remove(self, name: str) -> None: ...
 
 
 class SnapshotsPort(Protocol):

@@ -41,11 +41,12 @@ from migrated.machine.machine import Machine
 from migrated.migration.host import Host, Settings, first_error
 from migrated.migration.jobs import Jobs
 from migrated.migration.migrator import Migrator
-from migrated.migration.ownership import Hold, Ownership
+from migrated.migration.ownership import Ownership
 from migrated.migration.progress import Progress
 from migrated.migration.snapshot_host import SnapshotHost
 from migrated.migration.snapshot_store import SnapshotStore
 from migrated.migration.snapshots import Snapshots
+from migrated.model.handover import Hold
 from migrated.model.runstate import RunState
 from migrated.ram.content import hash_content
 from migrated.ram.load import RamLoad
@@ -101,6 +102,7 @@ class Daemon:
             migrator = await self._wire(stack, jobs)
             unsubscribe = migrator.subscribe(lambda name, data: notifier.status(_status_line(name, data)))
             stack.callback(unsubscribe)
+            migrator.settler.settle()
             watchdog = jobs.create_task(notifier.keep_watchdog())
             notifier.ready()
             self._log.info("ready")
@@ -179,7 +181,7 @@ class Daemon:
             on_device_declared=lambda device: register_device(registry, device),
             on_device_withdrawn=lambda device: unregister_device(registry, device),
         )
-        if ownership.record.hold in (Hold.PREPARED, Hold.INCOMPLETE):
+        if ownership.record.hold is Hold.INCOMPLETE:
             # To look at a mapping is to register it anew, and that would let go of who waits there: with zeros.
             machine.bar(ownership.text())
         return machine
@@ -189,9 +191,13 @@ class Daemon:
         match ownership.record.hold:
             case Hold.OWNER:
                 return ownership.record.run_state
+            case Hold.PREPARED:
+                # What was loaded went with the process before; it was never started, and the source has all of it.
+                await ownership.become(Hold.PARTIAL, peer=ownership.record.peer)
+                return RunState.INMIGRATE
             case Hold.PARTIAL:
                 return RunState.INMIGRATE
-            case Hold.PREPARED | Hold.INCOMPLETE:
+            case Hold.INCOMPLETE:
                 # What is missing cannot be told from what is there any more: nobody may touch that memory.
                 self._log.error("memory_incomplete", text=ownership.text(), next_step=ownership.next_step())
                 return RunState.IO_ERROR
@@ -228,7 +234,7 @@ class Daemon:
         await control.start()
         stack.push_async_callback(lambda: control.close(self._stopping.result() if self._stopping.done() else None))
         if self._inherited is not None:
-            migrator.add_fd(*self._inherited)
+            migrator.descriptors.add(*self._inherited)
         if self._incoming not in (None, "defer"):
             await migrator.open_listener(str(self._incoming))
         if config.workload.command:

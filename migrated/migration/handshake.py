@@ -8,12 +8,25 @@ from __future__ import annotations
 
 import asyncio
 
-from migrated.errors import RemoteProtocolError
+from migrated.errors import ChannelError, RemoteProtocolError
 from migrated.migration.host import Host
 from migrated.stream.incoming import IncomingStream
+from migrated.transport.channel import Channel, SocketChannel
 from migrated.wire.section import Configuration, parse_preamble, parse_stream_header
 
 PAGE_BITS = 12
+#: The first byte of a stream's magic.
+STREAM_BEGIN = b"Q"
+
+
+async def begins_stream(channel: Channel, host: Host) -> bool:
+    """True for a connection that begins from the start; a recovery begins with a command."""
+    if not isinstance(channel, SocketChannel):
+        return False
+    try:
+        return await channel.peek(host.settings.silence_timeout_s()) == STREAM_BEGIN
+    except ChannelError:
+        return False  # nobody
 
 
 def own_configuration(host: Host) -> Configuration:

@@ -13,7 +13,8 @@ from typing import Protocol, TypeVar
 from structlog.typing import FilteringBoundLogger
 
 from migrated.errors import CommandError
-from migrated.migration.ownership import Hold, Ownership
+from migrated.migration.ownership import Ownership
+from migrated.model.handover import Hold
 from migrated.model.parameters import Capabilities, Parameters
 from migrated.model.runstate import RunState
 from migrated.savevm.iothread_lock import IothreadLock

@@ -18,23 +18,26 @@ from typing import Any
 
 from migrated.errors import (
     ChannelError,
+    CommandError,
     MigratedError,
     MigrationCancelled,
     OutcomeUnknown,
     RemoteProtocolError,
 )
 from migrated.migration.announcement import Announcement
+from migrated.migration.handover import TargetHandover
 from migrated.migration.handshake import read_preamble
 from migrated.migration.host import OPTIONAL_SECTIONS, Host, first_error, insist, without_frames
 from migrated.migration.incoming_link import IncomingLink
-from migrated.migration.ownership import Hold
 from migrated.migration.postcopy_target import PostcopyTarget
 from migrated.migration.progress import Progress
 from migrated.migration.return_path import SETUP_PING, PeerKind
+from migrated.migration.source_word import Answered, SourceWord
 from migrated.migration.take_over import TakeOver
+from migrated.model.handover import Event, Hold
 from migrated.model.status import INCOMING, MigrationStatus, StatusCell
 from migrated.stream.incoming import PATIENCE, IncomingStream
-from migrated.transport.channel import Channel, SocketChannel
+from migrated.transport.channel import Channel
 from migrated.wire.command import PEER_PING, Command, check_command, parse_ping
 from migrated.wire.postcopy import parse_packaged
 from migrated.wire.section import (
@@ -45,12 +48,6 @@ from migrated.wire.section import (
     parse_footer,
     parse_vmdescription_length,
 )
-
-#: The first byte of a stream's magic; a recovery begins with a command.
-STREAM_BEGIN = b"Q"
-#: How long, and how much, a refused source may go on sending before the connection is cut under it. Closing at once
-#: would reset the connection and could destroy the reason on its way.
-LINGER_S = 2.0
 
 
 class IncomingMigration:
@@ -64,8 +61,13 @@ class IncomingMigration:
         *,
         migration_id: str,
         autostart: Callable[[], bool] = lambda: True,
+        before: IncomingMigration | None = None,
+        on_begin: Callable[[], None] = lambda: None,
     ) -> None:
         self._host = host
+        self._before = before
+        """One that is still here, and is not heard any more: this connection may be about it, or take its place."""
+        self._on_begin = on_begin
         self._progress = progress
         self.migration_id = migration_id
         self.status = StatusCell(INCOMING, self._status_changed)
@@ -76,11 +78,21 @@ class IncomingMigration:
         self._link = IncomingLink(channel, host.settings)
         self._announcement = Announcement(host)
         self._take_over = TakeOver(host, self._link, migration_id, autostart)
+        self.handover = TargetHandover(host)
+        self._word = SourceWord(
+            host, self._link, self._take_over, self.handover, before, command=self._command, on_alone=self.go_alone
+        )
         self._group: asyncio.TaskGroup | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._package: bytes | None = None
         self.postcopy = PostcopyTarget(
-            host, self._link, self.status, self._take_over, read=self._elements, check_devices=self._check_devices
+            host,
+            self._link,
+            self.status,
+            self._take_over,
+            self.handover,
+            read=self._elements,
+            check_devices=self._check_devices,
         )
         self._task: asyncio.Task[None] | None = None
 
@@ -108,21 +120,36 @@ class IncomingMigration:
         """Break the connection of a postcopy (``migrate-pause``)."""
         self.postcopy.pause()
 
-    async def goes_on_over(self, channel: Channel) -> bool:
-        """Give a paused postcopy another connection; False when it is over, because its source begins from the start.
+    @property
+    def waits_for_word(self) -> bool:
+        """True while everything is here, and the source has not said what is to become of it."""
+        return self.handover.prepared and not self._take_over.begun
 
-        A source that was not told that the machine runs here may have taken it back, and migrate it again.
-        """
-        if not self._take_over.begun and isinstance(channel, SocketChannel):
-            try:
-                begin = await channel.peek(self._host.settings.silence_timeout_s())
-            except ChannelError:
-                return True  # nobody
-            if begin == STREAM_BEGIN:
-                self.cancel()
-                return False
-        self.postcopy.resume(channel)
-        return True
+    def go_alone(self) -> None:
+        """Use no connection any more, and wait for another one."""
+        self.postcopy.released.set()
+
+    async def give_way(self) -> None:
+        """Make room for another migration of the source that this one came from. Raises CommandError."""
+        if self._take_over.begun or not self.postcopy.released.is_set():
+            raise CommandError("There's a migration process in progress")
+        self.handover.decide(Event.OFFERED)
+        await self.wait()
+
+    async def commit(self, *, serves: bool) -> None:
+        """Take the machine over, as the source has said elsewhere; return when that is done, or cannot be done."""
+        if self._package is not None and not serves:
+            # Its memory does not come any more: the source speaks from another life than the one it served from.
+            await self.give_way()
+            return
+        self.handover.decide(Event.COMMIT)
+        await self.handover.obeyed.wait()
+
+    def decide(self, event: Event) -> None:
+        """Take an operator's word. Raises CommandError where the machine is not all here."""
+        if event is Event.PEER_FENCED and self._package is not None:
+            raise CommandError("the machine's memory is not here: only the source has all of it")
+        self.handover.decide(event)
 
     async def wait(self) -> None:
         """Wait until it has ended."""
@@ -131,11 +158,14 @@ class IncomingMigration:
 
     async def run(self) -> None:
         """Load; end in completed or failed."""
-        self._progress.begin()
+        if self._before is None:
+            self._progress.begin()
         try:
             await self._load()
         except asyncio.CancelledError:
             await self._failed(MigrationCancelled("the daemon is stopping"))
+        except Answered:
+            return
         except (MigratedError, OSError) as error:
             await self._failed(self._link.stream.located(without_frames(error)))
         except Exception as error:  # the top of a job: a bug here must not leave a source without an answer
@@ -144,17 +174,16 @@ class IncomingMigration:
         else:
             self.status.advance(MigrationStatus.COMPLETED)
         finally:
-            self._progress.finish()
-            await insist(self._cleanup)
+            if self.touched:
+                self._progress.finish()
+                await insist(self._cleanup)
             await self._link.close()
             self.postcopy.close()
+            self.handover.obeyed.set()
             self.postcopy.released.set()
 
     async def _failed(self, error: MigratedError) -> None:
-        try:
-            await self._take_over.dismiss()
-        except OSError as failure:
-            self._host.log.error("record_not_written", error=str(failure), migration_id=self.migration_id)
+        await self._dismiss()
         self.error = without_frames(error)
         self._host.log.error("migration_failed", error=str(error), migration_id=self.migration_id, role="incoming")
         self.status.advance(MigrationStatus.ACTIVE, expected={MigrationStatus.NONE})
@@ -170,19 +199,18 @@ class IncomingMigration:
         try:
             await self._link.return_path.shut(1, str(error))
             self._link.channel.shutdown_write()
-            await self._linger()
+            await self._link.linger()
         except ChannelError:
             return
 
-    async def _linger(self) -> None:
-        """Swallow what a refused source still sends, until it closes."""
-        swallowed = memoryview(bytearray(1 << 16))
-        try:
-            async with asyncio.timeout(LINGER_S):
-                while await self._link.channel.receive_into(swallowed, deadline_s=LINGER_S):
-                    continue
-        except TimeoutError:
+    async def _dismiss(self) -> None:
+        """Write that nothing came of it, where the record says that something may."""
+        if self._take_over.begun or self._host.ownership.record.hold is not Hold.PREPARED:
             return
+        try:
+            await self._take_over.dismiss()
+        except OSError as error:  # a restart finds "prepared", and does the same
+            self._host.log.error("record_not_written", error=str(error), migration_id=self.migration_id)
 
     async def _cleanup(self) -> None:
         async with self._host.lock:
@@ -193,13 +221,15 @@ class IncomingMigration:
 
     async def _load(self) -> None:
         first = await read_preamble(self._link.stream, self._host)
-        self.status.advance(MigrationStatus.ACTIVE)
         # The first section follows at once, whoever sends; only then may a source have reasons to be silent for long.
         self._link.expect_element()
         await self._watched(first)
         if self._package is None:
             await self._check_complete()
-            await self._take_over.precopy()
+            if self.handover.offer is None:
+                await self._take_over.precopy()
+            else:
+                await self._word.take_over()
         else:
             self.error = None
             await self._take_over.finish_postcopy(self.postcopy.faults)
@@ -270,6 +300,11 @@ class IncomingMigration:
             )
         host = self._host
         host.ownership.require_may_receive()
+        if self._before is not None:
+            await self._before.give_way()
+            self._progress.begin()
+        self._on_begin()
+        self.status.advance(MigrationStatus.ACTIVE)
         async with host.lock:
             await host.machine.begin_incoming()
             if host.ownership.record.hold is Hold.NONE:
@@ -319,6 +354,11 @@ class IncomingMigration:
                     await self._link.return_path.greet()
                     # A `migrated` source pings when it has nothing to say; silence means it is gone.
                     self._link.expect_element()
+            case Command.X_OFFER | Command.X_COMMIT | Command.X_WITHDRAW:
+                # One id for one migration, in the logs of both hosts.
+                self.migration_id = self._take_over.migration_id = await self._word.take(
+                    command, header.payload, first=not self.touched
+                )
             case Command.X_SECTIONS:
                 self._announcement.take(header.payload)
             case Command.PACKAGED if self._package is None:
@@ -334,7 +374,8 @@ class IncomingMigration:
         left = await self._link.stream.run(parse_vmdescription_length())
         while left:
             left -= len(await self._link.stream.read_exactly(min(left, 4096)))
-        if self._link.return_path.opened and (behind := len(self._link.stream.peek())):
+        commit_follows = self.handover.offer is not None
+        if self._link.return_path.opened and not commit_follows and (behind := len(self._link.stream.peek())):
             raise RemoteProtocolError(
                 "the source goes on after its description", expected="nothing behind it", found=f"{behind} bytes"
             )

@@ -7,20 +7,22 @@ Implements control's ``MigratorPort``. Error texts are QEMU's where QEMU has one
 from __future__ import annotations
 
 import asyncio
-import os
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from migrated.errors import CommandError
 from migrated.migration import report
+from migrated.migration.descriptors import Descriptors
+from migrated.migration.handshake import begins_stream
 from migrated.migration.host import OPTIONAL_SECTIONS, Emit, Host, require_machine_here
 from migrated.migration.incoming import IncomingMigration
 from migrated.migration.jobs import Jobs
 from migrated.migration.outgoing import OutgoingMigration
-from migrated.migration.ownership import Hold
 from migrated.migration.progress import Progress
 from migrated.migration.recovery import Dial
+from migrated.migration.settlement import Settler
+from migrated.model.handover import Event, Hold
 from migrated.model.runstate import RunState
 from migrated.model.status import ENDED, PAUSABLE, POSTCOPY, MigrationStatus, is_running
 from migrated.transport.address import Address, TcpAddress, parse_address
@@ -34,7 +36,7 @@ BUSY = "There's a migration process in progress"
 
 
 class Migrator:
-    """Starts, cancels and describes migrations; owns the incoming listener and the named descriptors."""
+    """Starts, cancels and describes migrations; owns the incoming listener."""
 
     def __init__(
         self,
@@ -55,10 +57,11 @@ class Migrator:
         self._incoming: IncomingMigration | None = None
         self._arrived_before: IncomingMigration | None = None
         """The incoming migration that the present outgoing one came after."""
+        self.settler = Settler(host, spawn, lambda address: self._dialling(parse_address(address)))
         self._listener: Listener | None = None
         self._opening = False
         self._second: Channel | None = None
-        self._fds: dict[str, int] = {}
+        self._descriptors = Descriptors()
         self._autostart = True
         """False after a `stop` while a machine is awaited: it is to arrive paused, as QEMU has it."""
         self._subscribers: list[Emit] = []
@@ -94,6 +97,11 @@ class Migrator:
         """Change parameters, all or none. Raises CommandError."""
         self._host.settings.parameters = self._host.settings.parameters.replace(changes)
 
+    @property
+    def descriptors(self) -> Descriptors:
+        """Descriptors under names, for ``fd:`` URIs."""
+        return self._descriptors
+
     # -- migrating ---------------------------------------------------------------------------------------------
 
     @property
@@ -122,15 +130,16 @@ class Migrator:
             )
         self._arrived_before = self._incoming
         self._outgoing = OutgoingMigration(
-            self._host, self._outgoing_progress, self._dialling(address), migration_id=uuid.uuid4().hex
+            self._host, self._outgoing_progress, self._dialling(address), migration_id=uuid.uuid4().hex, address=uri
         )
         self._outgoing.start(self._spawn)
+        self._spawn(self.settler.settle_after(self._outgoing.wait()))
 
     def _dialling(self, address: Address) -> Dial:
         timeout_s = self._host.settings.silence_timeout_s()
 
         async def connect() -> Channel:
-            return await dial(address, timeout_s=timeout_s, fds=self._take_fd)
+            return await dial(address, timeout_s=timeout_s, fds=self._descriptors.take)
 
         return connect
 
@@ -203,7 +212,7 @@ class Migrator:
         self._opening = True  # opening takes its time, and a second listener would let a second machine in
         try:
             self._listener = await listen(
-                address, self._receive, allow=self._allow, fds=self._take_fd, second=self._take_second
+                address, self._receive, allow=self._allow, fds=self._descriptors.take, second=self._take_second
             )
         finally:
             self._opening = False
@@ -223,12 +232,12 @@ class Migrator:
         return self._incoming.postcopy.take_second(second)
 
     async def _receive(self, channel: Channel) -> None:
-        if self._incoming is not None and self._incoming.postcopy.paused:
-            if await self._incoming.goes_on_over(channel):
-                await self._incoming.postcopy.released.wait()
-                return
-            await self._incoming.wait()
-        if self.busy or self._jobs.active is not None:
+        waiting = self._incoming if self._incoming is not None and self._waits(self._incoming) else None
+        if waiting is not None and waiting.postcopy.paused and not await begins_stream(channel, self._host):
+            waiting.postcopy.resume(channel)
+            await waiting.postcopy.released.wait()
+            return
+        if waiting is None and (self.busy or self._jobs.active is not None):
             self._host.log.warning("connection_refused", peer=channel.peer, reason=BUSY)
             channel.abort()
             return
@@ -238,9 +247,11 @@ class Migrator:
             channel,
             migration_id=uuid.uuid4().hex,
             autostart=lambda: self._autostart,
+            before=waiting,
+            on_begin=lambda: self._begin(incoming),
         )
-        self._incoming = incoming
-        self._hand_over_second()
+        if waiting is None:
+            self._begin(incoming)
         incoming.start(self._spawn)
         await incoming.postcopy.released.wait()
         self._autostart = self._autostart or self._host.ownership.may_run
@@ -248,6 +259,15 @@ class Migrator:
             # What came before is history: a stranger after this one must not bring it back into `query`. (A migration
             # that began between this one's end and here came after it, and stays.)
             self._outgoing = None
+
+    def _begin(self, incoming: IncomingMigration) -> None:
+        self._incoming = incoming
+        self._hand_over_second()
+
+    @staticmethod
+    def _waits(incoming: IncomingMigration) -> bool:
+        """True for a migration that another connection may be about."""
+        return incoming.postcopy.paused or incoming.waits_for_word
 
     # -- the machine -------------------------------------------------------------------------------------------
 
@@ -271,7 +291,8 @@ class Migrator:
 
     async def cont(self) -> None:
         """Start the machine (QMP ``cont``), if this host may. Raises CommandError with the reason and next step."""
-        self._require_idle("Migration is not finalized yet")
+        if self._host.ownership.record.hold is not Hold.PREPARED:
+            self._require_idle("Migration is not finalized yet")
         self._host.ownership.require_may_start()
         async with self._host.lock:
             self._host.ownership.require_may_start()  # still, for whoever held the lock before
@@ -282,7 +303,7 @@ class Migrator:
         """Let go of the memory of a machine that moved away, or came only in part (``x-migrated-release``)."""
         ownership = self._host.ownership
         self._require_idle()
-        if ownership.record.hold not in (Hold.MOVED, Hold.PARTIAL, Hold.PREPARED, Hold.INCOMPLETE):
+        if ownership.record.hold not in (Hold.MOVED, Hold.PARTIAL, Hold.INCOMPLETE):
             raise CommandError("only the memory of a machine that moved away, or came only in part, can be released")
         if ownership.record.hold is not Hold.MOVED:
             mappings = [mapping for block in self._host.machine.ram_blocks() for mapping in block.mappings]
@@ -302,9 +323,12 @@ class Migrator:
         all_sent = paused and not self._outgoing_progress.stats.remaining
         if paused and peer_is_running and not all_sent:
             raise CommandError("then it needs the memory that is here. Next: `migratectl recover`")
+        ownership = self._host.ownership
+        if ownership.record.hold is Hold.PREPARED and self._incoming is not None and self._incoming.waits_for_word:
+            await self._decide(self._incoming, Event.PEER_FENCED if peer_is_fenced else Event.PEER_RUNS)
+            return
         if self.busy and not paused:
             raise CommandError(f"{BUSY}: its outcome is not unknown yet")
-        ownership = self._host.ownership
         if not ownership.outcome_unknown and not (all_sent and peer_is_running):
             raise CommandError(f"there is nothing to resolve: {ownership.text()}")
         self._host.log.warning(
@@ -312,6 +336,7 @@ class Migrator:
         )
         if paused and self._outgoing is not None:
             await self._outgoing.give_up()
+        await self.settler.cancel()
         async with self._host.lock:
             if ownership.outcome_unknown:
                 hold = Hold.OWNER if peer_is_fenced else Hold.MOVED
@@ -322,24 +347,11 @@ class Migrator:
                 self._host.machine.set_run_state(RunState.POSTMIGRATE)
                 await self._host.machine.moved(ownership.record.peer)
 
-    # -- descriptors -------------------------------------------------------------------------------------------
-
-    def add_fd(self, name: str, fd: int) -> None:
-        """Keep a descriptor under a name (``getfd``); one of that name is replaced."""
-        if (old := self._fds.pop(name, None)) is not None:
-            os.close(old)
-        self._fds[name] = fd
-
-    def close_fd(self, name: str) -> None:
-        """Close a kept descriptor (``closefd``)."""
-        if name not in self._fds:
-            raise CommandError(f"File descriptor named '{name}' not found")
-        os.close(self._take_fd(name))
-
-    def _take_fd(self, name: str) -> int:
-        if name not in self._fds:
-            raise CommandError(f"File descriptor named '{name}' has not been found")
-        return self._fds.pop(name)
+    async def _decide(self, incoming: IncomingMigration, event: Event) -> None:
+        """End the waiting for a source's word by an operator's."""
+        incoming.decide(event)
+        self._host.log.warning("outcome_resolved_by_operator", word=event.value, peer=incoming.peer)
+        await incoming.wait()
 
     # -- answers -----------------------------------------------------------------------------------------------
 
@@ -377,6 +389,7 @@ class Migrator:
         if self._incoming is not None:
             self._incoming.cancel()
         await self._jobs.close()
+        await self.settler.cancel()
         if self._outgoing is not None and is_running(self._outgoing.status.value):
             try:
                 self._outgoing.cancel()
@@ -385,6 +398,4 @@ class Migrator:
             await self._outgoing.give_up()
         if self._incoming is not None:
             await self._incoming.wait()  # a take-over needs the workloads, and the source its answer
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
+        self._descriptors.close()

@@ -22,6 +22,7 @@ from migrated.errors import (
     OutcomeUnknown,
     ProtocolError,
 )
+from migrated.migration.handover import SourceHandover
 from migrated.migration.handshake import own_configuration
 from migrated.migration.host import OPTIONAL_SECTIONS, Host, first_error, insist, without_frames
 from migrated.migration.operator_pause import OperatorPause
@@ -30,14 +31,15 @@ from migrated.migration.postcopy_source import Link, PostcopySource
 from migrated.migration.progress import Progress
 from migrated.migration.recovery import Dial, Pauses
 from migrated.migration.return_path import FIRST_PING, SETUP_PING, PeerKind, ReturnPathReader
-from migrated.migration.switchover import Switchover
+from migrated.migration.switchover import Commit, Switchover
 from migrated.model.status import ENDED, OUTGOING, POSTCOPY, MigrationStatus, StatusCell
 from migrated.stream.incoming import IncomingStream
 from migrated.stream.outgoing import OutgoingStream
 from migrated.transport.channel import Channel
 from migrated.transport.file import FileChannel
 from migrated.wire.announcement import encode_announcement
-from migrated.wire.command import FEATURE_SECTIONS, PEER_PING, Command, ping_payload
+from migrated.wire.command import FEATURE_HANDOVER, FEATURE_SECTIONS, PEER_PING, Command, ping_payload
+from migrated.wire.handover import encode_handover
 from migrated.wire.postcopy import encode_advise
 
 PAGE_SIZE = 4096
@@ -51,10 +53,12 @@ Phases = Callable[[OutgoingStream, Channel], Awaitable[None]]
 class OutgoingMigration:
     """Runs once. `error` and `status` say how it ended; nothing is raised out of `run`."""
 
-    def __init__(self, host: Host, progress: Progress, dial: Dial, *, migration_id: str) -> None:
+    def __init__(self, host: Host, progress: Progress, dial: Dial, *, migration_id: str, address: str = "") -> None:
         self._host = host
         self._progress = progress
         self._dial = dial
+        self._address = address
+        self._handover: SourceHandover | None = None
         self.migration_id = migration_id
         self.status = StatusCell(OUTGOING, self._status_changed)
         self.error: MigratedError | None = None
@@ -191,6 +195,8 @@ class OutgoingMigration:
             self.status.advance(MigrationStatus.POSTCOPY_PAUSED)
             dial = await self._pauses.next_dial(self._dial, by_itself=self.kind is PeerKind.MIGRATED)
             try:
+                if self._postcopy.asks:
+                    await self._postcopy.settle(dial)
                 await self._over(dial, self._resume_phases)
             except (ChannelError, ProtocolError, OSError) as again:
                 error = again if isinstance(again, MigratedError) else MigratedError(str(again))
@@ -255,6 +261,7 @@ class OutgoingMigration:
 
     async def _phases(self, f: OutgoingStream, channel: Channel) -> None:
         await self._greet(f)
+        self._offer(f)
         self._advise(f)
         await self._announce(f)
         await self._host.registry.save_setup(f)
@@ -262,9 +269,10 @@ class OutgoingMigration:
         self._progress.setup_done()
         self._advance(MigrationStatus.ACTIVE)
         if await self._passes.run(f, lambda: self._postcopy_wanted) is Switch.POSTCOPY:
-            await self._postcopy.hand_over(self._link(f, channel), self._unwatch)
+            await self._postcopy.hand_over(self._link(f, channel), self._unwatch, self._handover)
         else:
-            await self._switchover.run(f, channel, self._return_path, self.kind, self._unwatch)
+            by = Commit(self._handover, self._dial) if self._handover is not None else None
+            await self._switchover.run(f, channel, self._return_path, self.kind, self._unwatch, by)
 
     async def _resume_phases(self, f: OutgoingStream, channel: Channel) -> None:
         self.status.advance(MigrationStatus.POSTCOPY_RECOVER)
@@ -287,6 +295,12 @@ class OutgoingMigration:
                 self._urgent, self._progress.meter, on_sent=self._progress.sent, clock=self._host.clock
             )
         return Link(f, urgent, self._return_path, self.peer, self.kind, channel, expect_signs_of_life)
+
+    def _offer(self, f: OutgoingStream) -> None:
+        """Offer the machine to a destination that waits for a commit."""
+        if self._return_path is not None and self._return_path.features & FEATURE_HANDOVER:
+            self._handover = SourceHandover.begin(self._host, self.migration_id, peer=self.peer, address=self._address)
+            f.put_buffer(encode_handover(Command.X_OFFER, self._handover.offer))
 
     def _advise(self, f: OutgoingStream) -> None:
         """Say that postcopy may follow."""

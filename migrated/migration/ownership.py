@@ -1,25 +1,24 @@
 """Who may run the machine: the one rule, as a record that survives the daemon.
 
-The rule of the file: the record is written before the act it allows. A destination may start once it has read the last
-byte it needs, so the source writes ``released`` before that byte; with an answer it becomes ``moved``, or ``owner``
-again when the destination says that it did not start. Without an answer it stays ``released``: nobody may guess.
+The rule of the file: the record is written before the act it allows. Which record may follow which, and by which steps
+a machine changes hosts, is in `model.handover`; here is what is kept, and what an operator is told.
 
     record      | may run here | how it ends
     ------------+--------------+---------------------------------------------------------------
     none        | once asked   | `cont` makes it owner; the first section of an arriving machine makes it partial
-    partial     | no           | a whole machine: owner; one whose memory follows: incomplete; let go: none;
-                |              | another attempt: partial
-    prepared    | no           | the source is about to hand it over: the commit makes it incomplete; without one it is
-                |              | what it was; a restart in between: let go, and the source says who owns it
+    partial     | no           | everything is here: prepared; let go: none; another attempt: partial
+    prepared    | no           | the source's commit makes it owner, or, by postcopy, incomplete; the source keeps the
+                |              | machine, or this daemon is started again: partial
     incomplete  | it does      | postcopy: its memory still comes from the source; all has arrived: owner
-    owner       | yes          | the last byte goes out: released; an arrived machine that cannot start goes back:
+    owner       | yes          | the machine is handed over: released; an arrived machine that cannot start goes back:
                 |              | moved; a snapshot overwrites it: partial
-    released    | no           | answer: moved or owner; no answer: an operator's `resolve`
+    released    | no           | answer: moved or owner; until there is one it is asked for, on any connection; or an
+                |              | operator's `resolve`
     moved       | no           | the machine comes back: owner
     accepted    | no           | a QEMU source was told SHUT 0; its orderly close: owner; else `resolve`
 
-The epoch only grows, by one with each change of owner. The run state beside it is an owner's: a machine that an
-operator stopped stays stopped when the daemon restarts.
+The epoch only grows, by one with each hand-over, and is the same at both ends of one. The run state beside it is an
+owner's: a machine that an operator stopped stays stopped when the daemon restarts.
 """
 
 from __future__ import annotations
@@ -27,41 +26,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from enum import StrEnum
 from typing import Any
 
 from migrated.errors import CommandError, ConfigError
+from migrated.model.handover import NEXT, OWNING, Hold
 from migrated.model.runstate import RESTING, RunState
 from migrated.savevm.ports import RecordStore
-
-
-class Hold(StrEnum):
-    """What this host's record says about the machine."""
-
-    NONE = "none"
-    PARTIAL = "partial"
-    PREPARED = "prepared"
-    INCOMPLETE = "incomplete"
-    OWNER = "owner"
-    RELEASED = "released"
-    MOVED = "moved"
-    ACCEPTED = "accepted"
-
-
-#: Which record may follow which; the one place that knows.
-NEXT: Mapping[Hold, frozenset[Hold]] = {
-    Hold.NONE: frozenset({Hold.OWNER, Hold.PARTIAL}),
-    Hold.PARTIAL: frozenset({Hold.OWNER, Hold.INCOMPLETE, Hold.ACCEPTED, Hold.NONE, Hold.PARTIAL, Hold.PREPARED}),
-    Hold.PREPARED: frozenset({Hold.INCOMPLETE, Hold.PARTIAL, Hold.MOVED, Hold.NONE}),
-    Hold.INCOMPLETE: frozenset({Hold.OWNER, Hold.NONE}),
-    Hold.OWNER: frozenset({Hold.RELEASED, Hold.MOVED, Hold.PARTIAL}),
-    Hold.RELEASED: frozenset({Hold.MOVED, Hold.OWNER}),
-    Hold.MOVED: frozenset({Hold.OWNER, Hold.INCOMPLETE, Hold.ACCEPTED, Hold.PREPARED}),
-    Hold.ACCEPTED: frozenset({Hold.OWNER, Hold.MOVED}),
-}
-
-#: The machine is here.
-OWNING = frozenset({Hold.OWNER, Hold.INCOMPLETE})
 
 #: (what is known, what to do next)
 ADVICE: Mapping[Hold, tuple[str, str]] = {
@@ -74,11 +44,10 @@ ADVICE: Mapping[Hold, tuple[str, str]] = {
         ),
     ),
     Hold.PREPARED: (
-        "{peer} was about to hand the machine over, and whether it did is not known here",
+        "everything of the machine is here, and {peer} has not said that it lets go of it",
         (
-            "end the workload here, then `migratectl release`; ask the other host (`migratectl status` there): where"
-            " it owns the machine, migrate it again; where it let go of it, `migratectl resolve --peer-is-fenced` there"
-            " brings it back"
+            "nothing: the source says so, or keeps it, as soon as it can be reached. Only when that host is lost for"
+            " good: `migratectl resolve --peer-is-fenced` runs the machine here"
         ),
     ),
     Hold.INCOMPLETE: (
@@ -103,6 +72,16 @@ ADVICE: Mapping[Hold, tuple[str, str]] = {
         "ask the source; then `migratectl resolve --peer-is-fenced` to run it here, or `--peer-is-running`",
     ),
 }
+
+#: The same of a machine whose new host is asked for its answer until it gives one.
+ASKED: tuple[str, str] = (
+    "the outcome is unknown: the machine was handed to {peer}, and the answer is missing; it may run there",
+    (
+        "nothing, where that host can be reached again: this one keeps asking, and then knows. Only when that host is"
+        " lost for good: `migratectl resolve --peer-is-fenced` takes the machine back as it was handed over, without"
+        " what it may have done there since"
+    ),
+)
 
 #: The same of a machine that moved to where nobody runs it by itself, by the scheme of the peer's address.
 STORED: Mapping[str, tuple[str, str]] = {
@@ -132,6 +111,11 @@ STORED_IN_PART: Mapping[str, tuple[str, str]] = {
 }
 
 
+#: A commit that is said again comes soon, or not at all.
+TAKEN_MAX = 16
+_OF_ONE_EPOCH = frozenset({Hold.PREPARED, Hold.INCOMPLETE, Hold.RELEASED})
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """What is on disk."""
@@ -140,6 +124,10 @@ class Record:
     epoch: int = 0
     peer: str = ""
     migration_id: str = ""
+    address: str = ""
+    """Where the peer of a hand-over is asked for its answer, as it was dialled."""
+    taken: tuple[str, ...] = ()
+    """Migrations that made this host the owner, the last ones."""
     run_state: RunState = RunState.RUNNING
     """What an owner's machine does: it runs, or rests for a reason of its own (``paused``, ``shutdown``, ...)."""
 
@@ -161,11 +149,19 @@ class Ownership:
         return self.record.hold in (Hold.RELEASED, Hold.ACCEPTED)
 
     async def become(
-        self, hold: Hold, *, peer: str = "", migration_id: str = "", run_state: RunState | None = None
+        self,
+        hold: Hold,
+        *,
+        peer: str = "",
+        migration_id: str = "",
+        run_state: RunState | None = None,
+        epoch: int | None = None,
+        address: str = "",
     ) -> None:
         """Write a new record and return when it would survive a crash. Raises OSError when it cannot be written.
 
-        ``run_state`` is what an owner's machine does from now on; without it, it does what it did.
+        ``run_state`` is what an owner's machine does from now on; without it, it does what it did. ``epoch`` is that
+        of a hand-over; without it, an owner that was none begins a new one.
         """
         now = self.record
         if hold is now.hold and hold in OWNING:
@@ -174,9 +170,13 @@ class Ownership:
             return
         if hold not in NEXT[now.hold]:
             raise CommandError(f"the record says {now.hold.value}, it cannot become {hold.value}: {self.text()}")
-        new = replace(now, hold=hold, peer=peer, migration_id=migration_id, run_state=run_state or now.run_state)
-        if hold in OWNING and now.hold not in (Hold.RELEASED, Hold.INCOMPLETE):
-            new = replace(new, epoch=now.epoch + 1)
+        if epoch is None:
+            epoch = now.epoch + (hold in OWNING and now.hold not in _OF_ONE_EPOCH)
+        new = Record(hold, epoch, peer, migration_id, address, now.taken, run_state or now.run_state)
+        if hold in OWNING and migration_id and now.hold is not Hold.RELEASED and migration_id not in now.taken:
+            new = replace(new, taken=(*now.taken, migration_id)[-TAKEN_MAX:])
+        if now.hold is Hold.OWNER and hold is Hold.MOVED:
+            new = replace(new, taken=tuple(one for one in now.taken if one != migration_id))  # given back
         if hold is Hold.MOVED:
             # A fact that is known stays known in this process even if it cannot be written; on disk `released` stays.
             self.record = new
@@ -197,7 +197,7 @@ class Ownership:
 
     def require_may_receive(self) -> None:
         """Raise CommandError where an arriving machine would be a second owner's."""
-        if self.record.hold in OWNING | {Hold.PREPARED} or self.outcome_unknown:
+        if self.record.hold in OWNING or self.outcome_unknown:
             raise CommandError(f"this host cannot take a machine in: {self.text()}")
 
     def text(self) -> str:
@@ -211,6 +211,8 @@ class Ownership:
     @property
     def _advice(self) -> tuple[str, str]:
         advice = ADVICE[self.record.hold]
+        if self.record.hold is Hold.RELEASED and self.record.address:
+            return ASKED
         scheme, colon, _ = self.record.peer.partition(":")
         stored = {Hold.MOVED: STORED, Hold.PARTIAL: STORED_IN_PART}.get(self.record.hold, {})
         return stored.get(scheme, advice) if colon else advice
@@ -235,7 +237,9 @@ def _parse(raw: Mapping[str, Any] | None) -> Record:
         if run_state not in RESTING | {RunState.RUNNING}:
             raise ValueError(f"'{run_state}' is not what an owner's machine does")
         peer, migration_id = str(raw.get("peer", "")), str(raw.get("migration_id", ""))
-        return Record(Hold(raw["hold"]), int(raw["epoch"]), peer, migration_id, run_state)
+        taken = tuple(str(one) for one in raw.get("taken", ()))
+        address = str(raw.get("address", ""))
+        return Record(Hold(raw["hold"]), int(raw["epoch"]), peer, migration_id, address, taken, run_state)
     except (KeyError, ValueError, TypeError) as error:
         raise ConfigError(
             "ownership record", "hold", f"cannot be understood ({error}); move it away only if you know who runs it"

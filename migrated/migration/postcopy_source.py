@@ -3,9 +3,9 @@
 The rule of the file: up to the commit every failure gives the machine back to the source; from the commit on the
 source only serves, and a broken connection is a pause, never an end.
 
-    the destination writes "prepared" -> stop -> END of what cannot follow -> DISCARD -> PACKAGED{LISTEN, devices, PING
-         3, RUN} -> PONG 3: devices are loaded; record "released" (begun at the stop) -> nobody writes -> commit -> its
-         echo: record "moved" -> PARTs: requested pages first -> END -> SHUT 0
+    stop -> END of what cannot follow -> DISCARD -> PACKAGED{LISTEN, devices, PING 3, RUN} -> ready: devices are loaded
+         -> nobody writes -> record "released" -> commit -> active: record "moved" -> PARTs: requested pages first
+         -> END -> SHUT 0
 
 A QEMU starts by itself at the end of the package, so "released" is written before the package, and PONG 3 is the
 answer. Source of the phases: QEMU 7.2; postcopy-device is that of QEMU 10.2.
@@ -17,18 +17,22 @@ import asyncio
 from collections.abc import Callable, Mapping
 
 from migrated.errors import ChannelError, MigrationCancelled, PeerRefused, WorkloadError
+from migrated.migration.handover import SourceHandover
 from migrated.migration.host import Host, first_error, insist, resume_machine
 from migrated.migration.operator_pause import OperatorPause
-from migrated.migration.ownership import Hold
 from migrated.migration.progress import Progress
+from migrated.migration.recovery import Dial
 from migrated.migration.return_path import DEVICES_PING, PACKAGE_PING, SETUP_PING, PeerKind, ReturnPathReader
+from migrated.migration.settlement import Settlement
+from migrated.model.handover import Event, Hold
 from migrated.model.runstate import RunState
 from migrated.model.stats import BandwidthMeter
 from migrated.model.status import MigrationStatus, StatusCell
 from migrated.stream.outgoing import OutgoingStream
 from migrated.transport.channel import Channel, SocketChannel
 from migrated.transport.memory import MemoryChannel
-from migrated.wire.command import COMMIT_PING, PREPARE_PING, Command, encode_command, ping_payload
+from migrated.wire.command import Command, encode_command, ping_payload
+from migrated.wire.handover import Answer
 from migrated.wire.postcopy import encode_packaged, encode_recv_bitmap
 from migrated.wire.section import EOF_BYTE
 
@@ -49,37 +53,29 @@ class PostcopySource:
         self._migration_id = migration_id
         self.committed = False
         """The machine may run at the other end: nothing gives it back any more."""
-        self._releasing: asyncio.Future[None] | None = None
+        self._handover: SourceHandover | None = None
+        self._previous = RunState.RUNNING
         self.answered = False
         """The other end has said that it does."""
 
-    async def hand_over(self, link: Link, on_commit: Callable[[], None]) -> None:
+    async def hand_over(self, link: Link, on_commit: Callable[[], None], handover: SourceHandover | None) -> None:
         """Stop the machine, have it run at the other end, and send its memory.
 
         Raises with the machine as it was before, or, when `committed`, with the migration to be paused.
         """
-        if link.kind is PeerKind.MIGRATED:
-            # What the destination has to write, it writes while the machine runs.
-            await link.command(Command.PING, ping_payload(PREPARE_PING))
-            await self._wait_pong(link, PREPARE_PING, "the destination prepares")
-        previous = self._host.machine.run_state
+        self._handover, self._previous = handover, self._host.machine.run_state
         try:
             async with self._host.lock:
-                previous = self._host.machine.run_state
-                await self._stop_and_package(link, previous, on_commit)
+                self._previous = self._host.machine.run_state
+                await self._stop_and_package(link, on_commit)
             async with asyncio.TaskGroup() as group:
                 # From here on: loading a device may touch memory that is still here.
                 server = group.create_task(self._serve(link))
                 group.create_task(link.return_path.watch_link())
                 aside = self._beside(group, link)
                 await self._wait_devices(link)
-                if self._releasing is not None:
-                    await self._releasing
-                    self._host.postcopy_save.stopped_so_far(self._stray)
-                    self._commit(on_commit)
-                    await link.command(Command.PING, ping_payload(COMMIT_PING))
-                    self._status.advance(MigrationStatus.POSTCOPY_ACTIVE)
-                    await self._wait_pong(link, COMMIT_PING, "the destination takes over")
+                if handover is not None:
+                    await self._commit(link, handover, on_commit)
                 await self._answered(link)
                 aside.append(group.create_task(self._beat(link)))
                 await server
@@ -87,44 +83,42 @@ class PostcopySource:
             await self._let_go(link)
         except BaseException as raised:  # CancelledError too: the machine is given back first
             if not self.committed:
-                await insist(lambda: self._take_back(previous))
+                await insist(lambda: self._take_back(link))
             if isinstance(raised, BaseExceptionGroup):
                 raise first_error(raised) from None
             raise
 
     # -- up to the commit --------------------------------------------------------------------------------------
 
-    async def _stop_and_package(self, link: Link, previous: RunState, on_commit: Callable[[], None]) -> None:
+    async def _stop_and_package(self, link: Link, on_commit: Callable[[], None]) -> None:
         host, ledger, clock, f = self._host, self._progress.ledger, self._host.clock, link.f
         ledger.begin(clock())
-        host.global_state.store(previous)
+        host.global_state.store(self._previous)
         await host.machine.stop(RunState.FINISH_MIGRATE)
         ledger.mark("stop", clock())
         if host.settings.enabled("pause-before-switchover"):
             await self._pause.wait(f, answers=True)
             ledger.mark("operator", clock())
-        if link.kind is PeerKind.MIGRATED:
-            # It takes as long as all the rest, and up to the commit it can be undone.
-            self._releasing = asyncio.ensure_future(self._write_released(link))
-            await asyncio.sleep(0)  # and now it has begun
         self._progress.meter.set_limit(0)
         await host.registry.save_live_complete_precopy(f, postcopy=True)
         await host.postcopy_save.begin_postcopy(f, preempt=link.urgent is not None)
         ledger.mark("ram", clock())
         package = await self._package()
-        if link.kind is PeerKind.QEMU:
+        if self._handover is None:
             # It starts when it has read the package.
             await host.postcopy_save.require_stopped()
             self._advance(MigrationStatus.POSTCOPY_ACTIVE)
             host.machine.check_alive()
-            await self._write_released(link)
-            self._commit(on_commit)
+            await host.ownership.become(Hold.RELEASED, peer=link.peer, migration_id=self._migration_id)
+            self._committed(on_commit)
         f.put_command(Command.PING, ping_payload(SETUP_PING))
         f.put_buffer(encode_packaged(len(package)))
         f.put_buffer(package)
         f.put_command(Command.PING, ping_payload(PACKAGE_PING))
         await f.drain()
-        if link.kind is PeerKind.MIGRATED:  # told to the log and to clients while the destination works
+        if self._handover is not None:
+            await self._handover.happened(Event.SENT)
+            # Told to the log and to clients while the destination works.
             self._advance(MigrationStatus.DEVICE)
             self._advance(MigrationStatus.POSTCOPY_DEVICE)
 
@@ -148,41 +142,85 @@ class PostcopySource:
         await self._wait_pong(link, DEVICES_PING, "the destination loads the devices")
         self._progress.ledger.mark("devices", self._host.clock())
 
-    async def _write_released(self, link: Link) -> None:
-        await self._host.ownership.become(Hold.RELEASED, peer=link.peer, migration_id=self._migration_id)
-
     def _stray(self, error: WorkloadError) -> None:
         # Too late to give the machine back: at the other end it may lack what was written here.
         self._host.log.error("stray_write_after_commit", error=str(error), migration_id=self._migration_id)
 
-    def _commit(self, on_commit: Callable[[], None]) -> None:
+    async def _commit(self, link: Link, handover: SourceHandover, on_commit: Callable[[], None]) -> None:
+        """Let go of the machine, and wait until it runs at the other end."""
+        handover.offer = await link.return_path.wait_ready(self._migration_id, self._answer_timeout_s)
+        self._host.postcopy_save.stopped_so_far(self._stray)
         self._host.machine.check_alive()  # who watches may not have had its turn yet, and is dismissed here
+        self._progress.ledger.mark("ready", self._host.clock())
+        try:
+            await handover.happened(Event.READY, send=link.put)
+        finally:
+            if handover.released:
+                self._committed(on_commit)
+        self._status.advance(MigrationStatus.POSTCOPY_ACTIVE)
+        answer = await link.return_path.wait_settled(self._migration_id, self._answer_timeout_s)
+        await self._settled(answer)
+
+    def _committed(self, on_commit: Callable[[], None]) -> None:
         self._progress.ledger.mark("record", self._host.clock())
         self.committed = True
         on_commit()
 
-    async def _take_back(self, previous: RunState) -> None:
-        host = self._host
-        if self._releasing is not None:
-            await asyncio.wait([self._releasing])  # whatever came of it, it is known then
+    async def _settled(self, answer: Answer) -> None:
+        """Take the destination's word. Raises PeerRefused with the machine as it was before."""
+        assert self._handover is not None
+        if answer is Answer.ACTIVE:
+            self._runs_there()
+            await self._handover.happened(Event.ACTIVE)
+            return
+        self.committed = False
+        await self._take_back(None)
+        raise PeerRefused("the destination has lost what it had loaded, and gives the machine back")
+
+    async def settle(self, dial: Dial) -> None:
+        """Ask for an answer that got lost. Raises PeerRefused with the machine as it was before; ChannelError."""
+        assert self._handover is not None
+        await self._settled(await Settlement(self._host, self._handover, dial).ask())
+
+    async def _take_back(self, link: Link | None) -> None:
+        host, handover = self._host, self._handover
+
+        async def resume() -> None:
+            await resume_machine(host, self._previous)
+
         async with host.lock:
-            if host.ownership.record.hold is Hold.RELEASED:
+            if handover is not None:
+                event = Event.REFUSED if handover.released else Event.LOST
+                await handover.happened(event, send=link.put if link is not None else None, run=resume)
+            elif host.ownership.record.hold is Hold.RELEASED:
                 await host.ownership.become(Hold.OWNER)
-            await resume_machine(host, previous)
+            await resume()  # also where it had not got as far as that
 
     # -- from the commit on ------------------------------------------------------------------------------------
 
     async def _answered(self, link: Link) -> None:
+        if self._handover is None:
+            self._runs_there()
+            await self._moved(link)
+        self._host.postcopy_save.begin_background()
+        link.expect_signs_of_life(self._host.settings.silence_timeout_s())
+
+    def _runs_there(self) -> None:
         self.answered = True
         self._progress.ledger.mark("answer", self._host.clock())
         self._progress.ledger.end(self._host.clock())
+
+    @property
+    def asks(self) -> bool:
+        """True while the destination's answer to the commit is missing."""
+        return self._handover is not None and not self.answered
+
+    async def _moved(self, link: Link) -> None:
         try:
             await self._host.ownership.become(Hold.MOVED, peer=link.peer, migration_id=self._migration_id)
         except OSError as error:
             # It is a move all the same; on disk "released" stays, which never runs it here.
             self._host.log.error("record_not_written", error=str(error), migration_id=self._migration_id)
-        self._host.postcopy_save.begin_background()
-        link.expect_signs_of_life(self._host.settings.silence_timeout_s())
 
     async def resume(self, link: Link, on_resumed: Callable[[], None]) -> None:
         """Go on, on a new connection. Raises with the migration to be paused again."""
@@ -194,9 +232,6 @@ class PostcopySource:
                 await self._host.registry.resume_prepare(_Bitmaps(link, self._answer_timeout_s))
                 aside += self._beside(group, link)
                 if not self.answered:
-                    if link.kind is PeerKind.MIGRATED:
-                        await link.command(Command.PING, ping_payload(COMMIT_PING))
-                        await self._wait_pong(link, COMMIT_PING, "the destination takes over")
                     await self._answered(link)
                 await link.command(Command.POSTCOPY_RESUME)
                 await link.return_path.wait_resumed(self._answer_timeout_s)

@@ -3,8 +3,8 @@
 The rule of the file: until the machine was taken over, a failure ends the migration and the source goes on; from then
 on a broken connection is a pause, and only what cannot be mended ends it.
 
-    ADVISE -> blocks -> DISCARD -> PACKAGED{LISTEN: faults are served, devices, PING 3, RUN} -> [commit] -> take over
-           -> PARTs: pages -> END, EOF: everything here? -> SHUT 0
+    ADVISE -> blocks -> DISCARD -> PACKAGED{LISTEN: faults are served, devices, PING 3, RUN} -> [ready, commit]
+           -> take over -> PARTs: pages -> END, EOF: everything here? -> SHUT 0
 
 From LISTEN on two jobs run: `package` (devices, taking over) and `listen` (the main connection, without the lock). A
 `migrated` source holds the start until it knows that the devices are loaded: RUN is only taken down, the commit starts.
@@ -13,21 +13,29 @@ From LISTEN on two jobs run: `package` (devices, taking over) and `listen` (the 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable
 
-from migrated.errors import ChannelError, ChannelTimeout, MigratedError, ProtocolError, RemoteProtocolError
+from migrated.errors import (
+    ChannelError,
+    ChannelTimeout,
+    MigratedError,
+    MigrationCancelled,
+    ProtocolError,
+    RemoteProtocolError,
+)
+from migrated.migration.handover import TargetHandover
 from migrated.migration.host import Host, first_error, without_frames
 from migrated.migration.incoming_link import IncomingLink
-from migrated.migration.return_path import PeerKind
+from migrated.migration.source_word import acts_of
 from migrated.migration.take_over import TakeOver
 from migrated.model.faults import FaultFigures
+from migrated.model.handover import Event, Hold
 from migrated.model.postcopy import PostcopyState, PostcopyStep, next_state
 from migrated.model.status import MigrationStatus, StatusCell
 from migrated.stream.incoming import PIECE_MAX_BYTES, IncomingStream
 from migrated.transport.channel import Channel, SocketChannel
 from migrated.transport.memory import MemoryChannel
-from migrated.wire.command import COMMIT_PING, PREPARE_PING, Command
+from migrated.wire.command import Command
 from migrated.wire.postcopy import Advise, check_advise, parse_advise, parse_discard, parse_recv_bitmap
 from migrated.wire.section import CommandHeader
 
@@ -47,6 +55,7 @@ class PostcopyTarget:
         link: IncomingLink,
         status: StatusCell,
         take_over: TakeOver,
+        handover: TargetHandover,
         *,
         read: ReadElements,
         check_devices: Callable[[], Awaitable[None]],
@@ -55,17 +64,15 @@ class PostcopyTarget:
         self._link = link
         self._status = status
         self._take_over = take_over
+        self._handover = handover
         self._read = read
         self._check_devices = check_devices
         self._state = PostcopyState.NONE
         self._listens = asyncio.Event()
-        self._committed = asyncio.Event()
         self._next_channel: asyncio.Future[Channel] | None = None
         self._second: asyncio.Future[Channel] = asyncio.get_running_loop().create_future()
         self.released = asyncio.Event()
         """Set while the migration uses no connection: it is paused, or has ended."""
-        self.loaded = False
-        """The source may have heard that the devices are here: it decides now, and says so, if need be once more."""
         self.running = False
         """The machine was taken over."""
         self.faults: FaultFigures | None = None
@@ -129,13 +136,6 @@ class PostcopyTarget:
     def _step(self, step: PostcopyStep) -> None:
         self._state = next_state(self._state, step)
 
-    def _require_advised(self) -> None:
-        if self._state not in (PostcopyState.ADVISE, PostcopyState.DISCARD):
-            raise RemoteProtocolError(
-                "a machine is to be handed over where no postcopy was announced, or all of it is here",
-                expected="POSTCOPY_ADVISE before it", found=f"postcopy state {self._state.name}",
-            )  # fmt: skip
-
     def _require_recovery(self, command: Command) -> None:
         if self._status.value is not MigrationStatus.POSTCOPY_RECOVER:
             raise RemoteProtocolError(
@@ -143,20 +143,11 @@ class PostcopyTarget:
             )
 
     async def ping(self, value: int, *, in_package: bool) -> None:
-        """Take the PINGs that mean something here: behind the devices, and the commit."""
+        """Echo; behind the devices only when they are loaded, all of them."""
         if in_package:
-            # It stands behind the devices: its echo says that they are loaded, all of them.
             await self._check_devices()
-            self.loaded = self._link.kind is PeerKind.MIGRATED
         if self.running:
             await self._link.return_path.faults(self.faults)
-        if value == PREPARE_PING and not self.running:
-            self._require_advised()
-            await self._take_over.prepare()
-        if value == COMMIT_PING:
-            self._committed.set()
-            if not self.running:
-                return  # answered when the machine runs
         await self._link.return_path.pong(value)
 
     # -- the phases --------------------------------------------------------------------------------------------
@@ -168,15 +159,35 @@ class PostcopyTarget:
             self._host.machine.watch()
             lost = group.create_task(self._host.machine.lost())
             await self._load(package)
-            if self._link.kind is PeerKind.MIGRATED:
-                await self._until_committed(listener)
-            await self._take_over.postcopy()
+            if self._handover.offer is None:
+                await self._take_over.postcopy()
+            else:
+                await self._by_commit(listener)
             self.running = True
-            if self._link.kind is PeerKind.MIGRATED:
-                with contextlib.suppress(ChannelError):  # asked again after the pause that this will be
-                    await self._link.return_path.pong(COMMIT_PING)
             await listener
             lost.cancel()
+
+    async def _by_commit(self, listener: asyncio.Task[None]) -> None:
+        """Say that the devices are here, and run the machine when the source has let go of it."""
+        acts = acts_of(self._handover, self._take_over, self._link, Hold.INCOMPLETE)
+        await self._handover.happened(Event.COMPLETE, acts)
+        event = await self._word(listener)
+        async with self._host.lock:
+            await self._handover.happened(event, acts)
+        if event is not Event.COMMIT:
+            raise MigrationCancelled(f"the machine stays at {self._link.peer}: {event.value}")
+        self._link.expect_heartbeat()
+
+    async def _word(self, listener: asyncio.Task[None]) -> Event:
+        word = asyncio.ensure_future(self._handover.decision())
+        try:
+            await asyncio.wait({word, listener}, return_when=asyncio.FIRST_COMPLETED)
+            if word.done():
+                return word.result()
+        finally:
+            word.cancel()
+        await listener  # raises, or else:
+        raise RemoteProtocolError("the stream ended without a commit", expected="X_COMMIT", found="end of file")
 
     async def _load(self, package: bytes) -> None:
         stream = IncomingStream(
@@ -188,16 +199,6 @@ class PostcopyTarget:
         if not self.ran:
             raise RemoteProtocolError("the package ended without RUN", section="package", expected="POSTCOPY_RUN")
         self._status.advance(MigrationStatus.POSTCOPY_ACTIVE)  # told to the log and to clients once the source knows
-
-    async def _until_committed(self, listener: asyncio.Task[None]) -> None:
-        committed = asyncio.ensure_future(self._committed.wait())
-        try:
-            await asyncio.wait({committed, listener}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            committed.cancel()
-        if not self._committed.is_set():
-            await listener  # raises, or else:
-            raise RemoteProtocolError("the stream ended without a commit", expected="PING COMMIT", found="end of file")
 
     async def _listen(self) -> None:
         """Take memory in until all is here, over as many connections as it takes."""
@@ -213,7 +214,9 @@ class PostcopyTarget:
                     requests.cancel()
             except BaseExceptionGroup as group_error:
                 error = first_error(group_error)
-                if not (self._take_over.begun or self.loaded) or not isinstance(error, ChannelError | ProtocolError):
+                if not (self._take_over.begun or self._handover.prepared) or not isinstance(
+                    error, ChannelError | ProtocolError
+                ):
                     raise error from None
                 await self._pause(without_frames(error))
             else:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from migrated.migration.incoming import IncomingMigration
 from migrated.migration.outgoing import OutgoingMigration
-from migrated.migration.ownership import Hold, Ownership
+from migrated.migration.ownership import Ownership
 from migrated.migration.progress import Progress
+from migrated.model.handover import Hold
 from migrated.model.status import MigrationStatus
 
 #: Statuses that carry times and the ram object.

@@ -26,7 +26,14 @@ from migrated.errors import (
 from migrated.model.faults import FaultFigures, FaultSummary
 from migrated.stream.incoming import IncomingStream
 from migrated.transport.channel import Channel, SocketChannel
-from migrated.wire.command import FEATURE_SECTIONS, PEER_FEATURES, PEER_FEATURES_MASK, PEER_PONG
+from migrated.wire.command import (
+    FEATURE_HANDOVER,
+    FEATURE_SECTIONS,
+    PEER_FEATURES,
+    PEER_FEATURES_MASK,
+    PEER_PONG,
+)
+from migrated.wire.handover import Answer, HandoverAnswer, Offer
 from migrated.wire.return_path import (
     Faults,
     Pong,
@@ -38,6 +45,7 @@ from migrated.wire.return_path import (
     Shut,
     SwitchoverAck,
     encode_faults,
+    encode_handover_answer,
     encode_pong,
     encode_reason,
     encode_received_bitmap,
@@ -48,6 +56,9 @@ from migrated.wire.return_path import (
     parse_message,
     parse_request,
 )
+
+#: What a `migrated` destination of this version understands.
+FEATURES = FEATURE_SECTIONS | FEATURE_HANDOVER
 
 FIRST_PING = 1
 #: Sent behind the START sections; in postcopy once more before the package, as QEMU does, where nobody waits for it.
@@ -60,6 +71,8 @@ PACKAGE_PING = 4
 
 #: What a recovery waits for.
 BITMAPS, RESUMED = "bitmaps", "resumed"
+#: What a hand-over waits for: READY, and then ACTIVE or REFUSED.
+READY, SETTLED = "ready", "settled"
 
 
 class PeerKind(StrEnum):
@@ -98,6 +111,7 @@ class ReturnPathReader:
         self.features = 0
         """What a `migrated` destination understands besides (FEATURE_...)."""
         self._reason = ""
+        self._answers: dict[str, HandoverAnswer] = {}
 
     async def read(self) -> None:
         """Read until SHUT or the end; failures land in `kind` and `answer`, never here."""
@@ -153,6 +167,10 @@ class ReturnPathReader:
                 if value != 1:
                     raise RemoteProtocolError(f"RESUME_ACK with value {value}", section="return path", expected="1")
                 self._hear(RESUMED)
+            case HandoverAnswer(answer=answer):
+                what = READY if answer is Answer.READY else SETTLED
+                self._answers[what] = message
+                self._hear(what)
             case SwitchoverAck():
                 raise RemoteProtocolError(
                     f"{type(message).__name__} belongs to a feature that is not on", section="return path"
@@ -217,6 +235,28 @@ class ReturnPathReader:
         """Wait for RESUME_ACK."""
         await self._wait(RESUMED, timeout_s, f"no RESUME_ACK within {timeout_s:g} s", "recovering")
 
+    async def wait_ready(self, migration_id: str, timeout_s: float) -> Offer:
+        """Wait until everything is at the other end, on its disk as well; return the offer as it was taken down.
+
+        Raises PeerRefused, ChannelError.
+        """
+        await self._wait(READY, timeout_s, f"not ready within {timeout_s:g} s", "the destination checks what it has")
+        return self._answer_for(READY, migration_id).offer
+
+    async def wait_settled(self, migration_id: str, timeout_s: float) -> Answer:
+        """Wait for the answer to a commit. Raises PeerRefused for a destination that could not start the machine."""
+        await self._wait(SETTLED, timeout_s, f"no answer within {timeout_s:g} s", "the destination takes over")
+        return self._answer_for(SETTLED, migration_id).answer
+
+    def _answer_for(self, what: str, migration_id: str) -> HandoverAnswer:
+        answer = self._answers[what]
+        if answer.offer.migration_id != migration_id:
+            raise RemoteProtocolError(
+                f"{answer.answer.name} for another migration", section="return path", expected=migration_id,
+                found=answer.offer.migration_id,
+            )  # fmt: skip
+        return answer
+
     async def _wait(self, what: str | int, timeout_s: float, text: str, phase: str) -> None:
         """Wait for a message or the end of the return path, whichever is first."""
         heard = self._heard[what]
@@ -255,7 +295,7 @@ class ReturnPathWriter:
     async def greet(self) -> None:
         """Show a `migrated` source that this is one, too."""
         self.peer = PeerKind.MIGRATED
-        await self._send(encode_pong(PEER_PONG) + encode_pong(PEER_FEATURES | FEATURE_SECTIONS))
+        await self._send(encode_pong(PEER_PONG) + encode_pong(PEER_FEATURES | FEATURES))
 
     def request_pages(self, block: str, start: int, length: int) -> None:
         """Ask for pages that somebody waits for, at once; what does not go now, `deliver` sends."""
@@ -287,6 +327,10 @@ class ReturnPathWriter:
         requests, self._requests = self._requests, bytearray()
         if requests:
             await self._channel.send(requests)
+
+    async def handover(self, answer: Answer, offer: Offer) -> None:
+        """Say what has become of an offer."""
+        await self._send(encode_handover_answer(HandoverAnswer(answer, offer)))
 
     async def received_bitmap(self, block: str, bitmap: bytes) -> None:
         """Say what has arrived of a block."""

@@ -17,9 +17,9 @@ from migrated.errors import MigratedError, RemoteProtocolError
 from migrated.migration.handshake import check_configuration, read_preamble
 from migrated.migration.host import OPTIONAL_SECTIONS, Host, insist, resume_machine
 from migrated.migration.jobs import Job
-from migrated.migration.ownership import Hold
 from migrated.migration.snapshot_host import HashContent, SnapshotHost, watched
 from migrated.migration.snapshot_store import STREAM, read_manifest
+from migrated.model.handover import Hold
 from migrated.model.ramblock import RamBlock, check_block_list
 from migrated.model.runstate import RESTING, RunState
 from migrated.stream.incoming import IncomingStream

@@ -13,10 +13,10 @@ from migrated.errors import CommandError
 from migrated.migration.host import OPTIONAL_SECTIONS, require_machine_here
 from migrated.migration.jobs import Job, Jobs
 from migrated.migration.migrator import BUSY
-from migrated.migration.ownership import Hold
 from migrated.migration.snapshot_host import SnapshotHost
 from migrated.migration.snapshot_load import load_snapshot
 from migrated.migration.snapshot_save import save_snapshot
+from migrated.model.handover import Hold
 from migrated.model.job import JobType
 from migrated.wire.manifest import Summary
 

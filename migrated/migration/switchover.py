@@ -1,27 +1,42 @@
 """The switchover of a precopy migration: from stopping the machine to the destination's answer.
 
-The rule of the file: up to the last byte the destination needs, every failure and every cancel leaves the source
-running as if nothing had happened; from the first byte of that last message on, only an answer decides, and without
-one the outcome is unknown.
+The rule of the file: up to the point of no return every failure and every cancel leaves the source running as if
+nothing had happened; behind it only an answer decides.
 
-    stop -> [pause for the operator] -> END sections -> FULL sections -> record "released" -> EOF, VMDESCRIPTION
-         -> answer: SHUT 0 = moved | the peer refused = resume | nothing = unknown
+    stop -> [pause for the operator] -> END sections -> FULL sections -> by a commit, or by the last byte
+
+    by a commit (`model.handover`)  EOF, VMDESCRIPTION -> ready -> record "released" -> commit -> active: record "moved"
+    by the last byte                record "released" -> EOF, VMDESCRIPTION -> answer: SHUT 0 = moved | refused = resume
+                                    | nothing = unknown: a QEMU, a file, or an older daemon starts when it has it
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from migrated.errors import ChannelError, OutcomeUnknown, PeerRefused, ProtocolError
+from migrated.migration.handover import SourceHandover
 from migrated.migration.host import Host, insist, resume_machine
 from migrated.migration.operator_pause import OperatorPause
-from migrated.migration.ownership import Hold
 from migrated.migration.progress import Progress
+from migrated.migration.recovery import Dial
 from migrated.migration.return_path import PeerKind, ReturnPathReader
+from migrated.migration.settlement import Settlement
+from migrated.model.handover import Event, Hold
 from migrated.model.runstate import RunState
 from migrated.stream.outgoing import OutgoingStream
 from migrated.transport.channel import Channel
+from migrated.wire.handover import Answer
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """A hand-over by an offer and its commit; ``dial`` leads to the destination again, if its answer gets lost."""
+
+    handover: SourceHandover
+    dial: Dial
 
 
 class Switchover:
@@ -34,6 +49,7 @@ class Switchover:
         self._migration_id = migration_id
         self._on_commit: Callable[[], None] = lambda: None
         self._answers = False
+        self._by: Commit | None = None
         self.committed = False
         """From here on nothing is cancelled any more."""
         self.handed_over = False
@@ -46,25 +62,33 @@ class Switchover:
         return_path: ReturnPathReader | None,
         kind: PeerKind,
         on_commit: Callable[[], None],
+        by: Commit | None = None,
     ) -> None:
         """Hand the machine over, or raise with the machine as it was before (unless OutcomeUnknown is raised)."""
         host = self._host
         self._on_commit = on_commit
+        self._by = by
         self._answers = return_path is not None
         async with host.lock:
             previous = host.machine.run_state
             try:
                 await self._stop_and_send(f, previous)
-                await self._release(f, channel)
+                if by is not None and return_path is not None:
+                    await self._release_by_commit(f, return_path, by)
+                else:
+                    await self._release(f, channel)
             except BaseException:  # CancelledError too: a cancelled switchover gives the machine back first
                 if not self.handed_over:
-                    await insist(lambda: self._take_back(previous))
+                    await insist(lambda: self._take_back(previous, f))
                 raise
         try:
-            await self._answer(channel, return_path, kind)
+            if by is not None and return_path is not None:
+                await self._settled(return_path, by)
+            else:
+                await self._answer(channel, return_path, kind)
         except PeerRefused:
             async with host.lock:
-                await insist(lambda: self._take_back(previous))
+                await insist(lambda: self._take_back(previous, None))
             raise
         await self._moved(channel.peer)
 
@@ -82,6 +106,39 @@ class Switchover:
         ledger.mark("ram", clock())
         await host.registry.save_state(f)
         ledger.mark("devices", clock())
+
+    async def _release_by_commit(self, f: OutgoingStream, return_path: ReturnPathReader, by: Commit) -> None:
+        """Send the last byte; when the destination is ready, let go of the machine and say so."""
+        f.put_end_of_stream()
+        await f.drain()
+        await by.handover.happened(Event.SENT)
+        timeout_s = self._host.settings.seconds("x-migrated-answer-timeout")
+        by.handover.offer = await return_path.wait_ready(by.handover.offer.migration_id, timeout_s)
+        self._progress.ledger.mark("ready", self._host.clock())
+        self._host.machine.check_alive()  # who watches may not have had its turn yet, and is dismissed here
+        self.committed = True
+        self._on_commit()
+        try:
+            await by.handover.happened(Event.READY, send=f.send)
+        except ChannelError as error:  # it is said again, on another connection
+            self._host.log.warning("commit_not_delivered", error=str(error), migration_id=self._migration_id)
+        finally:
+            self.handed_over = by.handover.released
+        self._progress.ledger.mark("record", self._host.clock())
+
+    async def _settled(self, return_path: ReturnPathReader, by: Commit) -> None:
+        """Wait for the destination's word, and ask for it where it got lost. Raises PeerRefused, OutcomeUnknown."""
+        timeout_s = self._host.settings.seconds("x-migrated-answer-timeout")
+        try:
+            answer = await return_path.wait_settled(by.handover.offer.migration_id, timeout_s)
+        except (ChannelError, ProtocolError) as error:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    answer = await Settlement(self._host, by.handover, by.dial).run()
+            except TimeoutError:
+                raise self._unknown(error) from error
+        if answer is Answer.REFUSED:
+            raise PeerRefused("the destination has lost what it had loaded, and gives the machine back")
 
     async def _release(self, f: OutgoingStream, channel: Channel) -> None:
         self._host.machine.check_alive()  # who watches may not have had its turn yet, and is dismissed here
@@ -134,19 +191,33 @@ class Switchover:
         self._progress.ledger.end(host.clock())
         async with host.lock:
             host.machine.set_run_state(RunState.POSTMIGRATE)
-            try:
-                await host.ownership.become(Hold.MOVED, peer=peer, migration_id=self._migration_id)
-            except OSError as error:
-                # It has moved all the same. A restart finds `released` on the disk and asks.
-                host.log.error("record_not_written", error=str(error), migration_id=self._migration_id)
+            if self._by is not None:
+                await self._by.handover.happened(Event.ACTIVE)
+            else:
+                await self._write_moved(peer)
             await host.machine.moved(peer)
 
-    async def _take_back(self, previous: RunState) -> None:
+    async def _write_moved(self, peer: str) -> None:
+        try:
+            await self._host.ownership.become(Hold.MOVED, peer=peer, migration_id=self._migration_id)
+        except OSError as error:
+            # It has moved all the same. A restart finds `released` on the disk and asks.
+            self._host.log.error("record_not_written", error=str(error), migration_id=self._migration_id)
+
+    async def _take_back(self, previous: RunState, f: OutgoingStream | None) -> None:
         host = self._host
         self.committed = self.handed_over = False
-        if host.ownership.record.hold is Hold.RELEASED:
+
+        async def resume() -> None:
+            await resume_machine(host, previous)
+
+        if self._by is not None:
+            handover = self._by.handover
+            event = Event.REFUSED if handover.released else Event.LOST
+            await handover.happened(event, send=f.send if f is not None else None, run=resume)
+        elif host.ownership.record.hold is Hold.RELEASED:
             await host.ownership.become(Hold.OWNER)
-        await resume_machine(host, previous)
+        await resume()  # also where it had not got as far as that
 
     def _unknown(self, why: object) -> OutcomeUnknown:
         return OutcomeUnknown(f"{why}; {self._host.ownership.text()}. Next: {self._host.ownership.next_step()}")

@@ -106,9 +106,9 @@ class BandwidthMeter:
 class DowntimeLedger:
     """Where the time between stop and answer went."""
 
-    #: The parts in the order in which they happen. "operator" (pause-before-switchover) only shows where it happened.
-    PARTS = ("stop", "operator", "sync", "ram", "devices", "record", "answer")
-    _OPTIONAL = frozenset({"operator"})
+    #: The parts in the order in which they happen. Those that not every hand-over has only show where they happened.
+    PARTS = ("stop", "operator", "sync", "ram", "devices", "ready", "record", "answer")
+    _OPTIONAL = frozenset({"operator", "ready"})
 
     def __init__(self) -> None:
         self._begun: float | None = None

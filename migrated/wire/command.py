@@ -32,8 +32,14 @@ class Command(IntEnum):
     SWITCHOVER_START = 11
     #: A peer extension, see `wire.announcement`.
     X_SECTIONS = 0x4D01
+    #: Peer extensions, see `wire.handover`.
+    X_OFFER = 0x4D02
+    X_COMMIT = 0x4D03
+    X_WITHDRAW = 0x4D04
 
 
+#: Migration id and epoch.
+HANDOVER_BYTES = 16 + 8
 #: Payload bytes; None where the length varies and the command's own parser checks it.
 LENGTHS: dict[Command, int | None] = {
     Command.OPEN_RETURN_PATH: 0,
@@ -48,6 +54,9 @@ LENGTHS: dict[Command, int | None] = {
     Command.RECV_BITMAP: None,
     Command.SWITCHOVER_START: 0,
     Command.X_SECTIONS: None,
+    Command.X_OFFER: HANDOVER_BYTES,
+    Command.X_COMMIT: HANDOVER_BYTES + 1,
+    Command.X_WITHDRAW: HANDOVER_BYTES,
 }
 _KNOWN = frozenset(LENGTHS)
 #: The length field has 16 bits.
@@ -61,11 +70,7 @@ PEER_PONG = 0x4D494744
 PEER_FEATURES = 0x4D460000
 PEER_FEATURES_MASK = 0xFFFF0000
 FEATURE_SECTIONS = 0x0001
-#: Postcopy between two `migrated` daemons ("MIGP"): the machine is about to be handed over. The echo says that the
-#: destination has written so, and will ask before it acts, whatever happens to it.
-PREPARE_PING = 0x4D494750
-#: Postcopy between two `migrated` daemons ("MIGC"): the source lets go of the machine. The echo says that it runs.
-COMMIT_PING = 0x4D494743
+FEATURE_HANDOVER = 0x0002
 
 
 def encode_command(command: Command, payload: bytes = b"") -> bytes:

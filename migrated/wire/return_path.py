@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from migrated.errors import LocalProtocolError, RemoteProtocolError
+from migrated.wire.handover import ANSWER_BYTES, HandoverAnswer, decode_answer, encode_answer
 from migrated.wire.primitives import (
     decode_name,
     encode_be16,
@@ -44,7 +45,7 @@ BITMAP_PIECE_BYTES = 64 << 10
 
 
 class Message(IntEnum):
-    """Type of a message; the names are QEMU's, X_REASON and X_FAULTS are peer extensions."""
+    """Type of a message; the names are QEMU's, those with X_ are peer extensions."""
 
     SHUT = 1
     PONG = 2
@@ -55,6 +56,7 @@ class Message(IntEnum):
     SWITCHOVER_ACK = 7
     X_REASON = 0x4D01
     X_FAULTS = 0x4D02
+    X_HANDOVER = 0x4D03
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,9 @@ class Faults:
     words: tuple[int, ...]
 
 
-ReturnMessage = Faults | Shut | Pong | RequestPages | ReceivedBitmap | ResumeAck | SwitchoverAck | Reason
+ReturnMessage = (
+    HandoverAnswer | Faults | Shut | Pong | RequestPages | ReceivedBitmap | ResumeAck | SwitchoverAck | Reason
+)
 
 _REQUEST = struct.Struct(">HHQI")
 _HEAD_BYTES = 4
@@ -158,6 +162,11 @@ def encode_resume_ack() -> bytes:
 def encode_faults(words: Sequence[int]) -> bytes:
     """Encode the figures of a postcopy (`model.faults`); only for a `migrated` source."""
     return _encode(Message.X_FAULTS, struct.pack(f">{FAULT_WORDS}I", *words))
+
+
+def encode_handover_answer(answer: HandoverAnswer) -> bytes:
+    """Encode what the destination says about an offer; only for a `migrated` source."""
+    return _encode(Message.X_HANDOVER, encode_answer(answer))
 
 
 def encode_reason(text: str) -> bytes:
@@ -260,6 +269,7 @@ _TABLE: dict[int, tuple[int, int, Callable[[bytes], ReturnMessage]]] = {
     Message.RECV_BITMAP: (1, MESSAGE_MAX_BYTES, _received_bitmap),
     Message.RESUME_ACK: (4, 4, lambda body: ResumeAck(_number(body))),
     Message.SWITCHOVER_ACK: (0, 0, lambda _: SwitchoverAck()),
+    Message.X_HANDOVER: (ANSWER_BYTES, ANSWER_BYTES, decode_answer),
     Message.X_FAULTS: (4 * FAULT_WORDS, 4 * FAULT_WORDS, lambda body: Faults(struct.unpack(f">{FAULT_WORDS}I", body))),
     # The text goes to an operator: a bad byte in it must not hide the rest.
     Message.X_REASON: (0, MESSAGE_MAX_BYTES, lambda body: Reason(printable(body))),

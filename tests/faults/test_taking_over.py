@@ -3,18 +3,9 @@
 from __future__ import annotations
 
 import signal
-from typing import Any
 
-from migrated.daemon.record import FileRecordStore
-from migrated.demo.site import Site
 from tests.integration.conftest import MakeSite
-from tests.support.following import wait_status, wait_until
-
-
-def record(site: Site) -> Any:
-    """Return what stands on the site's disk."""
-    found = FileRecordStore(site.directory / "state").read()
-    return found["hold"] if found else "none"
+from tests.support.following import record_of, wait_status, wait_until
 
 
 def test_a_destination_that_is_told_to_end_does_not_hand_the_machine_back(make_site: MakeSite) -> None:
@@ -24,9 +15,9 @@ def test_a_destination_that_is_told_to_end_does_not_hand_the_machine_back(make_s
     a.wait_event("running")
     a.qmp.execute("migrate", {"uri": b.address})
     # Its workload was told to go on and does not confirm it: the daemon waits, and is told to end.
-    wait_until(lambda: record(b) == "owner", "B owns the machine")
+    wait_until(lambda: record_of(b)["hold"] == "owner", "B owns the machine")
     b.daemon.send_signal(signal.SIGTERM)
     figures = wait_status(a, {"completed", "failed"})
     b.daemon.wait()
-    assert (record(a), record(b)) == ("moved", "owner"), f"{figures}\n{b.log_tail()}"
+    assert (record_of(a)["hold"], record_of(b)["hold"]) == ("moved", "owner"), f"{figures}\n{b.log_tail()}"
     assert figures["status"] == "completed"

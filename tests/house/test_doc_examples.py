@@ -15,7 +15,7 @@ import pytest
 
 from migrated.cli.exit_code import ExitCode
 from migrated.control.commands import COMMANDS, EVENTS, NOT_IMPLEMENTED
-from migrated.migration.ownership import Hold
+from migrated.model.handover import Hold
 from migrated.model.parameters import CAPABILITIES, PARAMETERS
 from migrated.savevm.handlers import SaveVMHandlers
 from migrated.wire.command import Command

@@ -19,7 +19,7 @@ def test_a_walker_moves_and_is_whole(pair: tuple[Site, Site]) -> None:
     assert figures["ram"]["total"] == 16 << 20
     assert figures["ram"]["dirty-sync-count"] >= 2
     parts = figures["x-migrated-downtime"]
-    assert list(parts) == ["stop", "sync", "ram", "devices", "record", "answer"]
+    assert list(parts) == ["stop", "sync", "ram", "devices", "ready", "record", "answer"]
     assert figures["downtime"] <= figures["total-time"]
 
 

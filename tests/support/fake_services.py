@@ -7,7 +7,6 @@ in `calls` or taken from an attribute that a test sets.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrated.control.ports import EventCallback, Services
-from migrated.errors import CommandError
+from migrated.migration.descriptors import Descriptors
 from migrated.model.parameters import Capabilities, Parameters
 from migrated.model.runstate import RunState
 from migrated.savevm.ports import DevicePort, DeviceState, RamBlockPort, TrackedMapping
@@ -34,7 +33,7 @@ class FakeMigrator:
         self.refusal: Exception | None = None
         self.gate: asyncio.Event | None = None
         self.entered = asyncio.Event()
-        self.fds: dict[str, int] = {}
+        self.descriptors = Descriptors()
         self.record: dict[str, object] = {"record": "owner", "text": "this host owns it", "next-step": "nothing to do"}
         self.subscribers: list[EventCallback] = []
 
@@ -84,14 +83,6 @@ class FakeMigrator:
 
     async def resolve(self, peer_is_fenced: bool, peer_is_running: bool) -> None:
         await self._called("resolve", peer_is_fenced, peer_is_running)
-
-    def add_fd(self, name: str, fd: int) -> None:
-        self.fds[name] = fd
-
-    def close_fd(self, name: str) -> None:
-        if name not in self.fds:
-            raise CommandError(f"File descriptor named '{name}' not found")
-        os.close(self.fds.pop(name))
 
     def ownership(self) -> dict[str, object]:
         return self.record

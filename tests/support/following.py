@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection
 from typing import Any
 
+from migrated.daemon.record import FileRecordStore
 from migrated.demo.site import Site
 
 #: Generous: these machines are noisy, and nothing is asserted about time.
@@ -69,3 +70,8 @@ def assert_still_runs(site: Site) -> None:
 def run_state(site: Site) -> str:
     """Return query-status' status."""
     return str(site.qmp.execute("query-status")["status"])
+
+
+def record_of(site: Site) -> dict[str, Any]:
+    """Return what stands on the site's disk about who owns the machine."""
+    return FileRecordStore(site.directory / "state").read() or {"hold": "none"}

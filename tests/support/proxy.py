@@ -44,6 +44,8 @@ class Proxy:
     def __init__(self, target: tuple[str, int] | str) -> None:
         self.target = target
         """Where the next connection goes: host and port, or the path of a Unix socket."""
+        self.target_after_cut: tuple[str, int] | str | None = None
+        """Where connections go once `Direction.cut_before` has struck."""
         self.forward = Direction()
         self.backward = Direction()
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -145,6 +147,8 @@ class Proxy:
         if way.cut_before is not None and (at := data.find(way.cut_before)) >= 0:
             way.cut_before = None
             to.sendall(data[:at])
+            if self.target_after_cut is not None:
+                self.target = self.target_after_cut
             way.hit.set()
             return "cut"
         start, way.passed = way.passed, way.passed + len(data)

@@ -68,7 +68,9 @@ async def test_getfd_with_the_library(control: Control, qmp: QMPClient) -> None:
     qmp.send_fd_scm(write_end)
     await qmp.execute("getfd", {"fdname": "m"})
     os.close(write_end)
-    os.write(control.migrator.fds["m"], b"x")
+    fd = control.migrator.descriptors.take("m")
+    os.write(fd, b"x")
+    control.migrator.descriptors.add("m", fd)
     assert os.read(read_end, 1) == b"x"
     await qmp.execute("closefd", {"fdname": "m"})
     os.close(read_end)

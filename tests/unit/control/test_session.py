@@ -299,8 +299,10 @@ async def test_getfd_takes_the_descriptor_that_came_along(control: Control, peer
     send_with_fds(peer, b'{"execute": "getfd", "arguments": {"fdname": "m"}}', [write_end])
     assert await peer.receive() == {"return": {}}
     os.close(write_end)
-    os.write(control.migrator.fds["m"], b"hello")
-    assert not os.get_inheritable(control.migrator.fds["m"])
+    fd = control.migrator.descriptors.take("m")
+    os.write(fd, b"hello")
+    assert not os.get_inheritable(fd)
+    control.migrator.descriptors.add("m", fd)
     assert await peer.execute("closefd", {"fdname": "m"}) == {"return": {}}
     assert os.read(read_end, 10) == b"hello"
     assert os.read(read_end, 10) == b""  # nobody else holds the other end

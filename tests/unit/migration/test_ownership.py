@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 
 from migrated.errors import CommandError, ConfigError
-from migrated.migration.ownership import ADVICE, NEXT, OWNING, Hold, Ownership
+from migrated.migration.ownership import ADVICE, Ownership
+from migrated.model.handover import NEXT, OWNING, Hold
 from migrated.model.runstate import RunState
+
+MAY_RECEIVE = (Hold.NONE, Hold.PARTIAL, Hold.MOVED, Hold.PREPARED)
 
 
 class MemoryStore:
@@ -64,7 +67,7 @@ def test_who_may_start_and_who_may_receive(hold: Hold) -> None:
     refused = pytest.raises(CommandError)
     with contextlib.nullcontext() if hold in (Hold.NONE, Hold.OWNER) else refused:
         ownership.require_may_start()
-    with contextlib.nullcontext() if hold in (Hold.NONE, Hold.PARTIAL, Hold.MOVED) else refused:
+    with contextlib.nullcontext() if hold in MAY_RECEIVE else refused:
         ownership.require_may_receive()
 
 

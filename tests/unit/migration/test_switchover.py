@@ -13,10 +13,11 @@ import structlog
 from migrated.errors import ChannelClosed, OutcomeUnknown
 from migrated.migration.host import Host
 from migrated.migration.operator_pause import OperatorPause
-from migrated.migration.ownership import Hold, Ownership
+from migrated.migration.ownership import Ownership
 from migrated.migration.progress import Progress
 from migrated.migration.return_path import PeerKind
 from migrated.migration.switchover import Switchover
+from migrated.model.handover import Hold
 from migrated.model.runstate import RunState
 from migrated.model.stats import BandwidthMeter
 from migrated.model.status import OUTGOING, StatusCell

@@ -1,0 +1,131 @@
+"""Asking the destination of a hand-over for its answer, on new connections, until it gives one.
+
+The rule of the file: it asks, and never decides. Whoever lost the answer asks by saying the commit again: whoever has
+taken the machine over says so, whoever has not, and never will, says that. Both are final.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+from migrated.errors import ChannelError, MigratedError
+from migrated.migration.handover import SourceHandover
+from migrated.migration.handshake import own_configuration
+from migrated.migration.host import Host, first_error, resume_machine
+from migrated.migration.recovery import RECONNECT_MAX_S, RECONNECT_MIN_S, Dial
+from migrated.migration.return_path import FIRST_PING, PeerKind, ReturnPathReader
+from migrated.model.handover import Event
+from migrated.model.runstate import RunState
+from migrated.model.stats import BandwidthMeter
+from migrated.stream.incoming import IncomingStream
+from migrated.stream.outgoing import OutgoingStream
+from migrated.transport.channel import Channel
+from migrated.wire.command import FEATURE_HANDOVER, PEER_PING, Command, ping_payload
+from migrated.wire.handover import Answer
+
+Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
+
+
+class Settlement:
+    """The questions of one hand-over."""
+
+    def __init__(self, host: Host, handover: SourceHandover, dial: Dial) -> None:
+        self._host = host
+        self._handover = handover
+        self._dial = dial
+
+    async def run(self) -> Answer:
+        """Ask until there is an answer: ACTIVE or REFUSED."""
+        delay_s = RECONNECT_MIN_S
+        log = self._host.log.bind(migration_id=self._handover.offer.migration_id, peer=self._handover.peer)
+        while True:
+            try:
+                answer = await self.ask()
+            except (MigratedError, OSError) as error:
+                log.warning("handover_answer_missing", error=str(error), asks_again_in_s=delay_s)
+                await asyncio.sleep(delay_s)
+                delay_s = min(2 * delay_s, RECONNECT_MAX_S)
+            else:
+                log.warning("handover_settled", answer=answer.name.lower())
+                return answer
+
+    async def ask(self) -> Answer:
+        """Ask once. Raises ChannelError, ProtocolError, PeerRefused."""
+        channel = await self._dial()
+        try:
+            return await self._over(channel)
+        finally:
+            channel.abort()
+
+    async def _over(self, channel: Channel) -> Answer:
+        silence_s = self._host.settings.silence_timeout_s()
+        channel.silence_timeout_s = silence_s
+        f = OutgoingStream(channel, BandwidthMeter())
+        stream = IncomingStream(channel, silence_timeout_s=self._host.settings.silence_timeout_s)
+        reader = ReturnPathReader(stream, lambda block, start, length: None, lambda summary: None)
+        try:
+            async with asyncio.TaskGroup() as group:
+                reading = group.create_task(reader.read())
+                try:
+                    return await self._greeted(f, reader, silence_s)
+                finally:
+                    reading.cancel()
+        except BaseExceptionGroup as error:
+            raise first_error(error) from None
+        finally:
+            stream.close()
+
+    async def _greeted(self, f: OutgoingStream, reader: ReturnPathReader, silence_s: float) -> Answer:
+        f.put_preamble(own_configuration(self._host))
+        f.put_command(Command.OPEN_RETURN_PATH)
+        f.put_command(Command.PING, ping_payload(PEER_PING))
+        f.put_command(Command.PING, ping_payload(FIRST_PING))
+        await f.drain()
+        if await reader.wait_kind(silence_s) is not PeerKind.MIGRATED or not reader.features & FEATURE_HANDOVER:
+            raise ChannelError("whoever answers there is not the destination", peer=self._handover.peer)
+        await self._handover.happened(Event.LOST, send=f.send)
+        return await reader.wait_settled(
+            self._handover.offer.migration_id, self._host.settings.seconds("x-migrated-answer-timeout")
+        )
+
+
+class Settler:
+    """Asks, beside everything else, for the answer that the record waits for, also after a restart."""
+
+    def __init__(self, host: Host, spawn: Spawn, dialling: Callable[[str], Dial]) -> None:
+        self._host = host
+        self._spawn = spawn
+        self._dialling = dialling
+        self._task: asyncio.Task[None] | None = None
+
+    async def settle_after(self, end: Awaitable[None]) -> None:
+        """Begin when a migration has ended, if it has left a question."""
+        await end
+        self.settle()
+
+    def settle(self) -> None:
+        """Ask until there is an answer, if one is missing."""
+        handover = SourceHandover.of_record(self._host)
+        if handover is not None and (self._task is None or self._task.done()):
+            self._task = self._spawn(self._settle(handover))
+
+    async def cancel(self) -> None:
+        """Ask no more."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    async def _settle(self, handover: SourceHandover) -> None:
+        answer = await Settlement(self._host, handover, self._dialling(handover.address)).run()
+        async with self._host.lock:
+            if answer is Answer.ACTIVE:
+                await handover.happened(Event.ACTIVE)
+                self._host.machine.set_run_state(RunState.POSTMIGRATE)
+                await self._host.machine.moved(handover.peer)
+            else:
+                await handover.happened(Event.REFUSED, run=self._resume)
+
+    async def _resume(self) -> None:
+        await resume_machine(self._host, self._host.ownership.record.run_state)

@@ -1,0 +1,59 @@
+"""The messages of the hand-over: bytes, round trips, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from migrated.errors import RemoteProtocolError
+from migrated.wire.command import Command, check_command
+from migrated.wire.handover import (
+    Answer,
+    HandoverAnswer,
+    Offer,
+    decode_answer,
+    decode_commit,
+    decode_handover,
+    encode_commit,
+    encode_handover,
+)
+from migrated.wire.pull import feed
+from migrated.wire.return_path import encode_handover_answer, parse_message
+from migrated.wire.section import CommandHeader
+
+OFFER = Offer("000102030405060708090a0b0c0d0e0f", 7)
+PAYLOAD = bytes(range(16)) + bytes(7) + b"\x07"
+
+
+@pytest.mark.parametrize(("command", "number"), [(Command.X_OFFER, 0x4D02), (Command.X_WITHDRAW, 0x4D04)])
+def test_a_command_is_an_id_and_an_epoch(command: Command, number: int) -> None:
+    assert encode_handover(command, OFFER) == b"\x08" + number.to_bytes(2, "big") + b"\x00\x18" + PAYLOAD
+    header = CommandHeader(number, PAYLOAD)
+    assert check_command(header) is command
+    assert decode_handover(header.payload) == OFFER
+
+
+@pytest.mark.parametrize("serves", [False, True])
+def test_a_commit_says_whether_memory_still_comes(serves: bool) -> None:
+    payload = PAYLOAD + bytes([serves])
+    assert encode_commit(OFFER, serves=serves) == bytes.fromhex("08 4d03 0019") + payload
+    assert decode_commit(payload) == (OFFER, serves)
+    with pytest.raises(RemoteProtocolError, match="serves or does not"):
+        decode_commit(PAYLOAD + b"\x02")
+
+
+@pytest.mark.parametrize("answer", Answer)
+def test_an_answer_says_what_it_is_about(answer: Answer) -> None:
+    raw = encode_handover_answer(HandoverAnswer(answer, OFFER))
+    assert raw == b"\x4d\x03\x00\x19" + bytes([answer]) + PAYLOAD
+    assert feed(parse_message(), [raw]) == HandoverAnswer(answer, OFFER)
+
+
+def test_nonsense() -> None:
+    with pytest.raises(RemoteProtocolError, match="impossible epoch"):
+        decode_handover(bytes(24))
+    with pytest.raises(RemoteProtocolError, match="impossible epoch"):
+        decode_handover(bytes(16) + b"\xff" * 8)
+    with pytest.raises(RemoteProtocolError, match="does not exist"):
+        decode_answer(b"\x04" + PAYLOAD)
+    with pytest.raises(RemoteProtocolError, match="bad length"):
+        check_command(CommandHeader(Command.X_COMMIT, bytes(24)))
