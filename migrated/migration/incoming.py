@@ -145,11 +145,13 @@ class IncomingMigration:
         self.handover.decide(Event.COMMIT)
         await self.handover.obeyed.wait()
 
-    def decide(self, event: Event) -> None:
-        """Take an operator's word. Raises CommandError where the machine is not all here."""
+    async def decide(self, event: Event) -> None:
+        """Obey an operator's word. Raises CommandError where the machine is not all here."""
         if event is Event.PEER_FENCED and self._package is not None:
             raise CommandError("the machine's memory is not here: only the source has all of it")
+        self._host.log.warning("outcome_resolved_by_operator", word=event.value, peer=self.peer)
         self.handover.decide(event)
+        await self.wait()
 
     async def wait(self) -> None:
         """Wait until it has ended."""

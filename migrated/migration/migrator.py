@@ -325,7 +325,7 @@ class Migrator:
             raise CommandError("then it needs the memory that is here. Next: `migratectl recover`")
         ownership = self._host.ownership
         if ownership.record.hold is Hold.PREPARED and self._incoming is not None and self._incoming.waits_for_word:
-            await self._decide(self._incoming, Event.PEER_FENCED if peer_is_fenced else Event.PEER_RUNS)
+            await self._incoming.decide(Event.PEER_FENCED if peer_is_fenced else Event.PEER_RUNS)
             return
         if self.busy and not paused:
             raise CommandError(f"{BUSY}: its outcome is not unknown yet")
@@ -346,12 +346,6 @@ class Migrator:
             else:
                 self._host.machine.set_run_state(RunState.POSTMIGRATE)
                 await self._host.machine.moved(ownership.record.peer)
-
-    async def _decide(self, incoming: IncomingMigration, event: Event) -> None:
-        """End the waiting for a source's word by an operator's."""
-        incoming.decide(event)
-        self._host.log.warning("outcome_resolved_by_operator", word=event.value, peer=incoming.peer)
-        await incoming.wait()
 
     # -- answers -----------------------------------------------------------------------------------------------
 
