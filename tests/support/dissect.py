@@ -23,7 +23,7 @@ PAGE = 4096
 KINDS = {1: "START", 2: "PART", 3: "END", 4: "FULL"}
 #: Commands.
 PING, ADVISE, LISTEN, RUN, DISCARD, PACKAGED, RESUME, RECV_BITMAP = 2, 3, 4, 5, 6, 7, 9, 10
-SECTIONS = 0x4D01
+SECTIONS, OFFER, COMMIT = 0x4D01, 0x4D02, 0x4D03
 #: Bits of a page record's first word.
 ZERO, MEM_SIZE, WHOLE, EOS, CONTINUE = 0x02, 0x04, 0x08, 0x10, 0x20
 
@@ -341,6 +341,12 @@ class _PostcopyDissector(_Dissector):
             self._package(int.from_bytes(payload, "big"))
         elif number == SECTIONS and not self.found.blocks:
             return  # a list of what follows, for a `migrated` destination
+        elif number == OFFER and not self.found.blocks:
+            self._offered = payload
+        elif number == COMMIT and self._ran:
+            # What was offered, or with another epoch, and that memory follows.
+            if payload[:16] != self._offered[:16] or payload[24:] != b"\x01":
+                raise self._bad("a commit of another offer")
         elif number != PING and self._advised:
             raise self._bad(f"command {number} at this place")
 
