@@ -3,8 +3,8 @@
 The rule of the file: **a page's received bit is set after the page is placed**, and nothing runs before every page of
 every announced block was received. Blocks are emptied when a machine arrives, so untouched memory stays a hole.
 
-Landing: contiguous runs go by ``pwrite`` into the memfd (no fault, no zeroing of what is overwritten anyway), from a
-small contiguous scratch buffer that stays in the cache; scattered pages are stored through the daemon's own mapping.
+Landing: contiguous runs go by ``pwritev`` from where they arrived into the memfd (no fault, no zeroing of what is
+overwritten anyway); scattered pages are stored through the daemon's own mapping.
 
 Postcopy: once the stream is advised of it, the workloads' mappings catch touches of missing pages. From `listen` on
 pages are placed through those (`ram.place`), and no page that is missing is read or written here. Pages that are zero
@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 from migrated.errors import KernelError, RemoteProtocolError, WorkloadError
 from migrated.kernel import userfault, userfault_place
 from migrated.kernel.memory import SHMEM_HUGE_UNASKED, punch_hole, shmem_huge_pages
+from migrated.kernel.rows import write_rows
 from migrated.model.faults import FaultFigures
 from migrated.model.ramblock import RamBlock, check_block_list
 from migrated.model.stats import RamStats
@@ -37,9 +37,8 @@ from migrated.savevm.ports import MachinePort, RamBlockPort, TrackedMapping
 from migrated.stream.incoming import IncomingStream
 from migrated.wire.ram import PAGE, RAM_VERSION, BlockList, EndOfSection, PageRun, RamEvent, RamParser, ZeroRun
 
-#: Below this mean length, single pages are stored through the mapping instead of one pwrite per run.
+#: Below this mean length, single pages are stored through the mapping instead of one pwritev per run.
 SHORT_RUN_PAGES = 8
-SCRATCH_PAGES = 256
 #: One UFFDIO_COPY: long enough that what is done in Python for it hardly counts.
 COPY_PAGES = 128
 #: The same while threads wait again and again.
@@ -78,7 +77,7 @@ class RamLoad:
         """Forget the last load."""
         self._reset()
         self.faults = None
-        self._scratch = np.empty(SCRATCH_PAGES * PAGE, np.uint8)
+        self._scratch = np.empty(COPY_PAGES * PAGE, np.uint8)
 
     async def load_state(self, f: IncomingStream, opaque: Any, version_id: int) -> None:
         """Place every record of one section."""
@@ -283,29 +282,20 @@ class RamLoad:
                 await self._copy_run(arrivals, int(pages[start]), run.data[start:end])
         elif not len(breaks):
             first = int(pages[0])
-            self._write_run(arrivals.block, first, run.data)
+            write_rows(arrivals.block.memfd, run.data, first * PAGE)
             arrivals.add_run(first, first + len(pages))
         elif len(pages) < SHORT_RUN_PAGES * (len(breaks) + 1):
             arrivals.block.pages[pages] = run.data
             arrivals.add_pages(pages)
         else:
             for start, end in zip([0, *breaks.tolist()], [*breaks.tolist(), len(pages)], strict=True):
-                self._write_run(arrivals.block, int(pages[start]), run.data[start:end])
+                write_rows(arrivals.block.memfd, run.data[start:end], int(pages[start]) * PAGE)
             arrivals.add_pages(pages)
         self._account(len(pages))
 
     def _account(self, pages: int) -> None:
         self._stats.normal += pages
         self._stats.transferred += pages * PAGE
-
-    def _write_run(self, block: RamBlockPort, page: int, data: NDArray[np.uint8]) -> None:
-        for start in range(0, len(data), SCRATCH_PAGES):
-            part = data[start : start + SCRATCH_PAGES]
-            flat = self._scratch[: len(part) * PAGE]
-            np.copyto(flat.reshape(-1, PAGE), part)
-            written = 0
-            while written < len(flat):
-                written += os.pwrite(block.memfd, flat.data[written:], (page + start) * PAGE + written)
 
     async def _copy_run(self, arrivals: Arrivals, page: int, data: NDArray[np.uint8]) -> None:
         """Place a run in a machine that listens or runs."""
