@@ -26,7 +26,7 @@ from migrated.errors import (
     SectionError,
     WorkloadError,
 )
-from migrated.transport.channel import Channel, SocketChannel
+from migrated.transport.channel import Channel, ReadsAhead, SocketChannel
 from migrated.wire.primitives import parse_counted_string
 from migrated.wire.pull import Parser
 
@@ -35,8 +35,10 @@ T = TypeVar("T")
 #: Two receives: a call costs as much as copying 100 KiB, so twice the 256 KiB that fit the second-level cache won by a
 #: quarter (interleaved, 2 GiB); twice that again made no difference.
 BUFFER_BYTES = 1 << 20
-#: The largest thing a parser may ask for in one piece; larger bodies are taken with `read_into`.
+#: The largest thing a parser may ask for in one piece; larger bodies are taken from `peek`.
 PIECE_MAX_BYTES = 64 << 10
+#: Room in front of what is read ahead, for what is left of the buffer before: a part of a piece, or of a record.
+FRONT_BYTES = PIECE_MAX_BYTES
 #: A footer and the byte behind it.
 PATTERN_MAX_BYTES = 6
 #: How many silence timeouts one piece may take in all.
@@ -51,9 +53,13 @@ class IncomingStream:
     ) -> None:
         self._channel = channel
         self._silence_timeout_s = silence_timeout_s
-        self._memory = bytearray(buffer_bytes)
-        self._view = memoryview(self._memory)
-        self._address: int = np.frombuffer(self._memory, np.uint8).__array_interface__["data"][0]
+        self._file = channel if isinstance(channel, ReadsAhead) and channel.piece_bytes else None
+        size = FRONT_BYTES + self._file.piece_bytes if self._file else buffer_bytes
+        self._view = memoryview(bytearray(size))
+        self._address = _address(self._view)
+        self._other = memoryview(bytearray(size if self._file else 0))
+        """What a thread reads into, from FRONT_BYTES on, while the first one is used."""
+        self._reading = False
         self._start = 0
         self._end = 0
         self._consumed = 0
@@ -93,18 +99,39 @@ class IncomingStream:
         """
         silence_s = self._silence_timeout_s()
         left_s = self._patience_left_s(silence_s)
-        if self._start:
-            # Only a partial record is ever moved: the bulk parser consumes all whole ones.
-            remainder = self._end - self._start
-            self._view[:remainder] = self._view[self._start : self._end]
-            self._start, self._end = 0, remainder
         try:
-            count = await self._channel.receive_into(self._view[self._end :], deadline_s=min(silence_s, left_s))
+            count = await self._receive(min(silence_s, left_s))
         except ChannelTimeout as error:
             if silence_s <= left_s:
                 raise
             raise self._too_slow() from error
         self._take(count)
+
+    async def _receive(self, deadline_s: float | None) -> int:
+        """Receive behind what is buffered. Only a partial record is ever moved: the bulk parser consumes all others."""
+        if self._file is not None:
+            return await self._go_on_ahead(self._file)
+        if self._start:
+            remainder = self._end - self._start
+            self._view[:remainder] = self._view[self._start : self._end]
+            self._start, self._end = 0, remainder
+        return await self._channel.receive_into(self._view[self._end :], deadline_s=deadline_s)
+
+    async def _go_on_ahead(self, file: ReadsAhead) -> int:
+        """Go on in the buffer that a thread has filled meanwhile, and let it fill this one."""
+        if not self._reading:
+            file.begin_receive(self._other[FRONT_BYTES:])
+            self._reading = True
+        count = await file.end_receive()
+        left = self.peek()
+        self._start, self._end = FRONT_BYTES - len(left), FRONT_BYTES
+        self._other[self._start : self._end] = left
+        self._view, self._other = self._other, self._view
+        self._address = _address(self._view)
+        self._reading = count > 0
+        if self._reading:
+            file.begin_receive(self._other[FRONT_BYTES:])
+        return count
 
     def _patience_left_s(self, silence_s: float) -> float:
         """Return how long what is at the front may still take. Raises ChannelTimeout when that is over."""
@@ -138,9 +165,7 @@ class IncomingStream:
     async def wait_for_element(self) -> None:
         """Wait, for up to `idle_timeout_s`, until at least one byte of the next element is here."""
         if self._start == self._end:
-            self._start = self._end = 0
-            count = await self._channel.receive_into(self._view, deadline_s=self.idle_timeout_s)
-            self._take(count)
+            self._take(await self._receive(self.idle_timeout_s))
 
     async def take_at_once(self, take: Callable[[memoryview], int]) -> None:
         """Have ``take`` consume what arrives, where it arrives; return when it leaves something.
@@ -205,18 +230,6 @@ class IncomingStream:
                 return bytes(body)
             await self.fill()
 
-    async def read_into(self, target: memoryview) -> None:
-        """Fill all of ``target``, without a copy beyond what is buffered."""
-        got = min(len(target), self._end - self._start)
-        target[:got] = self._view[self._start : self._start + got]
-        self.consume(got)
-        while got < len(target):
-            count = await self._channel.receive_into(target[got:], deadline_s=self._silence_timeout_s())
-            if count == 0:
-                self._take(0)
-            got += count
-            self._consumed += count
-
     async def run(self, parser: Parser[T]) -> T:
         """Drive a pull parser of `wire` with the bytes of this stream; errors get section and offset."""
         started = self.offset
@@ -250,8 +263,7 @@ class IncomingStream:
 
     def close(self) -> None:
         """Let go of the buffer; nothing can be read any more. Twice does no harm."""
-        self._memory = bytearray()
-        self._view = memoryview(self._memory)
+        self._view = self._other = memoryview(b"")
         self._start = self._end = 0
 
     # -- the contract's gets -----------------------------------------------------------------------------------
@@ -279,3 +291,8 @@ class IncomingStream:
 
     async def get_counted_string(self) -> str:
         return await self.run(parse_counted_string())
+
+
+def _address(view: memoryview) -> int:
+    address: int = np.frombuffer(view, np.uint8).__array_interface__["data"][0]
+    return address

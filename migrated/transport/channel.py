@@ -14,7 +14,7 @@ import errno
 import socket
 import struct
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from migrated.errors import ChannelClosed, ChannelError, ChannelTimeout
 from migrated.transport.readiness import Readiness
@@ -90,6 +90,22 @@ class Channel(Protocol):
 
     def abort(self) -> None:
         """Drop everything at once; the peer sees a reset where the carrier knows one. Idempotent, never raises."""
+        ...
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A Channel out of a file, of which a thread may read more while what came before is used."""
+
+    piece_bytes: int
+    """What `begin_receive` needs room for; 0: this one had better not read ahead."""
+
+    def begin_receive(self, view: memoryview) -> None:
+        """Let a thread read into ``view`` from this moment on; only `end_receive` may follow. Raises ChannelClosed."""
+        ...
+
+    async def end_receive(self) -> int:
+        """Wait for what was begun, and return as `receive_into` does. A cancelled wait may be repeated."""
         ...
 
 

@@ -18,6 +18,7 @@ from aiofiles.threadpool.binary import AsyncFileIO
 
 from migrated.errors import ChannelClosed
 from migrated.transport.channel import SILENCE_TIMEOUT_S, Buffer
+from migrated.transport.thread import to_the_end
 
 T = TypeVar("T")
 
@@ -25,6 +26,8 @@ T = TypeVar("T")
 FILE_MODE = 0o600
 #: One write(2) per hop into a thread; larger ones gain nothing more.
 WRITE_MAX_BYTES = 4 << 20
+#: One read(2) into a buffer that stays in the cache until it is used.
+READ_AHEAD_BYTES = 1 << 20
 
 
 class FileChannel:
@@ -41,7 +44,10 @@ class FileChannel:
         self._file = file
         self._fd = file.fileno()
         self._directory = directory
+        # Anything else may let the thread wait for somebody, or take away what is somebody else's.
+        self.piece_bytes = READ_AHEAD_BYTES if stat.S_ISREG(os.fstat(self._fd).st_mode) else 0
         self._operation: asyncio.Future[Any] | None = None
+        self._ahead: asyncio.Future[int] | None = None
         self._closing = False
 
     async def send(self, data: Buffer) -> None:
@@ -56,18 +62,40 @@ class FileChannel:
         self.bytes_received += count
         return count
 
+    def begin_receive(self, view: memoryview) -> None:
+        self._require_open()
+        self._ahead = asyncio.get_running_loop().run_in_executor(None, os.readv, self._fd, [view])
+        self._begun(self._ahead)
+
+    async def end_receive(self) -> int:
+        assert self._ahead is not None
+        count = await self._settled(self._ahead, "read from")
+        self._ahead = None
+        self.bytes_received += count
+        return count
+
     async def _run(self, operation: Coroutine[Any, Any, T], verb: str) -> T:
-        if self._closing:
-            operation.close()
-            raise ChannelClosed("the channel was closed at this end", peer=self.peer)
-        self._operation = running = asyncio.ensure_future(operation)
-        running.add_done_callback(self._ended)
         try:
-            return await asyncio.shield(running)
-        except asyncio.CancelledError:
-            # The buffer is the caller's again as soon as this returns, so the thread must be through with it.
-            await asyncio.wait([running])
+            self._require_open()
+        except ChannelClosed:
+            operation.close()
             raise
+        running = asyncio.ensure_future(operation)
+        self._begun(running)
+        return await self._settled(running, verb)
+
+    def _require_open(self) -> None:
+        if self._closing:
+            raise ChannelClosed("the channel was closed at this end", peer=self.peer)
+
+    def _begun(self, operation: asyncio.Future[Any]) -> None:
+        self._operation = operation
+        operation.add_done_callback(self._ended)
+
+    async def _settled(self, running: asyncio.Future[T], verb: str) -> T:
+        try:
+            # The buffer is the caller's again as soon as this returns, so the thread must be through with it.
+            return await to_the_end(running)
         except OSError as error:
             raise ChannelClosed(f"Unable to {verb} file: {error.strerror or error}", peer=self.peer) from error
 
