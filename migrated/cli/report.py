@@ -141,6 +141,12 @@ def status_lines(
         _row("device", f"{device['id']}, instance {device['instance-id']}, {_by([device['workload']])}")
         for device in machine.get("devices", ())
     ]
+    lines += [
+        _row(
+            "kept", f"{one['id']}, instance {one['instance-id']}, {format_bytes(one['size'])}, for a host that knows it"
+        )
+        for one in info.get("x-migrated-kept-sections", ())
+    ]
     if ownership:
         lines.append(_row("ownership", f"{ownership.get('record')}: {ownership.get('text')}"))
     if (step := next_step(info, str(status.get("status")))) is not None:

@@ -246,6 +246,15 @@ class FaultInfo(Shape, frozen=True):
     local: LatencyInfo
 
 
+class KeptSectionInfo(Shape, frozen=True):
+    """A section that nothing here takes, kept as it came (x-migrated-keep-unknown-sections)."""
+
+    id: str
+    instance_id: int
+    version_id: int
+    size: int
+
+
 class MigrationInfo(Shape, frozen=True):
     status: MigrationStatus | UnsetType = UNSET
     ram: MigrationStats | UnsetType = UNSET
@@ -269,6 +278,7 @@ class MigrationInfo(Shape, frozen=True):
     x_migrated_outcome: MigrationOutcome | UnsetType = UNSET
     x_migrated_migration_id: str | UnsetType = UNSET
     x_migrated_peer: PeerInfo | UnsetType = UNSET
+    x_migrated_kept_sections: list[KeptSectionInfo] | UnsetType = UNSET
 
 
 class OwnershipInfo(Shape, frozen=True):

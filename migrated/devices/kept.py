@@ -69,3 +69,15 @@ class KeptSections:
     def known_to_qemu(self) -> list[str]:
         """Return the idstrs of what a QEMU sent."""
         return [kept.header.idstr for kept in self._kept if kept.from_qemu]
+
+    def describe(self) -> list[dict[str, object]]:
+        """Say what is kept, as ``query-migrate`` shows it."""
+        return [
+            {
+                "id": kept.header.idstr,
+                "instance-id": kept.header.instance_id,
+                "version-id": kept.header.version_id,
+                "size": len(kept.body),
+            }
+            for kept in self._kept
+        ]

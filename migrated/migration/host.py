@@ -46,6 +46,8 @@ class KeptSectionsPort(Protocol):
 
     def known_to_qemu(self) -> list[str]: ...
 
+    def describe(self) -> list[dict[str, object]]: ...
+
 
 @dataclass(slots=True)
 class Settings:

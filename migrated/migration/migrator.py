@@ -367,6 +367,8 @@ class Migrator:
             )
         if self._listener is not None and not self._listener.over:
             answer["socket-address"] = self._listener.addresses
+        if kept := self._host.kept.describe():
+            answer["x-migrated-kept-sections"] = kept
         return answer
 
     def ownership(self) -> dict[str, object]:

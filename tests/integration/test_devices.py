@@ -145,6 +145,10 @@ def test_unknown_sections_are_kept_and_sent_on(make: Callable[..., DescribedSite
     move(a, b)
     assert b.state() == {"chip/0": of(1)}
     assert "section_kept" in b.log_path.read_text()
+    kept = {one["id"]: one for one in b.qmp.execute("query-migrate")["x-migrated-kept-sections"]}
+    assert set(kept) == {"disk", "clock"}
+    assert kept["disk"]["instance-id"] == 7
+    assert kept["disk"]["size"] > 0
     move(b, c)
     assert c.state() == here
     assert handlers_hold(c, tmp_path) == handlers

@@ -321,6 +321,8 @@ async def test_status(ctl: Ctl) -> None:
     ctl.machine.run_state = RunState.FINISH_MIGRATE
     ctl.migrator.record = {"record": "released", "text": "nobody knows", "next-step": "ask the other host"}
     ctl.migrator.info = {**ACTIVE, "error-desc": "why", "socket-address": [{"type": "fd", "str": "7"}]}
+    kept = {"id": "rtc", "instance-id": 0, "version-id": 2, "size": 300}
+    ctl.migrator.info["x-migrated-kept-sections"] = [kept]
     ran = await ctl.run("status")
     assert ran.code == 0
     assert ran.out.splitlines() == [
@@ -328,6 +330,7 @@ async def test_status(ctl: Ctl) -> None:
         "  block        heap, 256 MiB, workload worker",
         "  block        spare, 4 KiB, no workload",
         "  device       cpu, instance 0, workload worker",
+        "  kept         rtc, instance 0, 300 B, for a host that knows it",
         "  ownership    released: nobody knows",
         "  next step    ask the other host",
         "  waiting at   fd:7",

@@ -51,6 +51,7 @@ async def test_a_section_goes_out_as_it_came(body: bytes, end: bytes) -> None:
     bench = Bench()
     kept = KeptSections(bench.registry)
     assert await keep(bench, body, kept, end=end) == len(body)
+    assert kept.describe() == [{"id": HEADER.idstr, "instance-id": 3, "version-id": 2, "size": len(body)}]
     async with bench.lock:
         await bench.registry.save_state(bench.f)
     number = bench.registry.find(HEADER.idstr, 3)
