@@ -124,8 +124,7 @@ class Daemon:
         stack.callback(machine.close)
 
         def synced(newly_dirty: int) -> None:
-            outgoing.synced(newly_dirty)
-            if settings.enabled("events"):
+            if outgoing.synced(newly_dirty) and settings.enabled("events"):
                 relay("MIGRATION_PASS", {"pass": outgoing.stats.dirty_sync_count})
 
         save = RamSave(machine, lock, outgoing.stats, on_sync=synced, postcopy=lambda: settings.enabled("postcopy-ram"))

@@ -6,8 +6,9 @@ turns it into ``query-migrate``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 from migrated.model.convergence import Assessment, Facts, assess
 from migrated.model.faults import FaultSummary
@@ -35,6 +36,7 @@ class Progress:
         self.stats = RamStats()
         self.meter = BandwidthMeter()
         self.ledger = DowntimeLedger()
+        self._kept = False
         self.begin()
 
     def begin(self) -> None:
@@ -54,6 +56,20 @@ class Progress:
         self.sent_bytes = 0
         self.faults: FaultSummary | None = None
 
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Let the handlers count for something that is no migration; what is known of the last one stays as it is."""
+        counting = self.stats
+        self.stats = replace(counting)
+        self._kept = True
+        counting.reset()
+        try:
+            yield
+        finally:
+            counting.become(self.stats)
+            self.stats = counting
+            self._kept = False
+
     def setup_done(self) -> None:
         """Setup sections are written."""
         self.setup_ms = (self._clock() - self.started_at) * 1000
@@ -66,8 +82,10 @@ class Progress:
         """Return milliseconds since `migrate`, until the end if it has ended."""
         return self.total_ms if self.total_ms is not None else (self._clock() - self.started_at) * 1000
 
-    def synced(self, newly_dirty_pages: int) -> None:
-        """Record a pass: the dirty log was read and gave that many new pages."""
+    def synced(self, newly_dirty_pages: int) -> bool:
+        """Record a pass: the dirty log was read and gave that many new pages. False: of something else (`kept`)."""
+        if self._kept:
+            return False
         now = self._clock()
         seconds = max(now - self._pass_started_at, 1e-6)
         dirtied = newly_dirty_pages * self.stats.page_size
@@ -80,6 +98,7 @@ class Progress:
                 self.stats.dirty_pages_rate = round(newly_dirty_pages / seconds)
         self._pass_started_at = now
         self._pass_sent = self.sent_bytes
+        return True
 
     def faulted(self, figures: FaultSummary) -> None:
         """Remember what faults at the other end have cost so far."""

@@ -29,7 +29,7 @@ class SnapshotHost:
     """Hash what is in a block that nobody writes to."""
     outgoing: Progress
     incoming: Progress
-    """The figures that the handlers write to."""
+    """The figures that the handlers write to: those of migrations, which a snapshot leaves as they are."""
     tool: str
     """What wrote a snapshot, for its manifest."""
 

@@ -136,10 +136,10 @@ async def _take(snapshots: SnapshotHost, f: RecordedStream, require_here: Callab
         require_here()
         previous = host.machine.run_state
         host.global_state.store(previous)
-        snapshots.outgoing.begin()
         try:
             await host.machine.stop(RunState.SAVE_VM)
-            blocks = await _write_stream(host, f, snapshots.hash_content)
+            with snapshots.outgoing.kept():
+                blocks = await _write_stream(host, f, snapshots.hash_content)
         except ChannelClosed as error:
             error.phase = f"saving section {f.where}, stream offset {f.position:#x}"
             raise

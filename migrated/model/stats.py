@@ -40,6 +40,11 @@ class RamStats:
         for one in fields(self):
             setattr(self, one.name, one.default)
 
+    def become(self, other: RamStats) -> None:
+        """Take over what another one has counted."""
+        for one in fields(self):
+            setattr(self, one.name, getattr(other, one.name))
+
     def as_dict(self) -> dict[str, int | float]:
         """Return all members of MigrationStats under QEMU's names."""
         counted = {one.name.replace("_", "-"): getattr(self, one.name) for one in fields(self)}

@@ -27,6 +27,9 @@ def test_members_are_those_of_qemu_7_2() -> None:
 
 def test_reset() -> None:
     stats = RamStats(total=1, transferred=2, page_size=8192)
+    other = RamStats(normal=7)
+    other.become(stats)
+    assert other == stats
     stats.reset()
     assert stats == RamStats()
 
