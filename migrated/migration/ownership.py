@@ -102,7 +102,7 @@ STORED: Mapping[str, tuple[str, str]] = {
 #: The same of a machine that came in part, and not from another host.
 STORED_IN_PART: Mapping[str, tuple[str, str]] = {
     "snapshot": (
-        "{peer} was loaded only in part, over the machine that was here",
+        "{peer} was loaded only in part",
         (
             "load it, or another snapshot, again (`migratectl snapshot load`); or, to begin afresh, end the workload"
             " here, let go of its memory (`migratectl release`) and start it anew"

@@ -1,11 +1,14 @@
 """Loading a snapshot: the machine of this host is replaced by an earlier one.
 
-The rule of the file: the machine is not touched before every byte of the file was found right and everything in it has
-its place here. From then on the record says `partial`, so that half a machine never runs: not after an error, and not
-after a crash of this daemon. The normal load path of the handlers does the rest.
+The rule of the file: a machine that is here is not touched before every byte of the file was found right and everything
+in it has its place here. From then on the record says `partial`, so that half a machine never runs: not after an error,
+and not after a crash of this daemon. The normal load path of the handlers does the rest.
 
-    manifest -> fits this host? -> every chunk's hash -> lock, stop -> record "partial" -> sections -> everything here?
-        -> every block's hash -> record "owner" -> run, or rest, as when it was saved
+    manifest -> fits this host? -> [a machine is here: every chunk's hash] -> lock, stop -> record "partial"
+        -> sections, out of chunks whose hashes are right -> everything here? -> every block's hash
+        -> record "owner" -> run, or rest, as when it was saved
+
+Where no machine is, there is none to lose, and a file is read once, not twice.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from migrated.model.ramblock import RamBlock, check_block_list
 from migrated.model.runstate import RESTING, RunState
 from migrated.stream.incoming import IncomingStream
 from migrated.transport.channel import Channel
-from migrated.transport.chunk_file import open_chunk_file, verify_chunks
+from migrated.transport.chunk_reader import open_chunk_file, verify_chunks
 from migrated.transport.thread import in_thread, to_the_end
 from migrated.wire.manifest import Manifest, SavedSection
 from migrated.wire.ram import RAM_VERSION
@@ -52,9 +55,11 @@ async def load_snapshot(snapshots: SnapshotHost, tag: str, job: Job, require_may
     host, path = snapshots.host, snapshots.store.require(tag)
     manifest = await in_thread(read_manifest, path)
     await check_fits(host, manifest)
-    job.total = 2 * manifest.length
-    await verify_chunks(path / STREAM, manifest, job.add)
-    channel = await open_chunk_file(path / STREAM)
+    job.total = manifest.length
+    if host.ownership.may_run:  # nor does one come meanwhile: `cont` and migrations wait for the end of a job
+        job.total += manifest.length
+        await verify_chunks(path / STREAM, manifest, job.add)
+    channel = await open_chunk_file(path / STREAM, manifest)
     try:
         async with host.lock:
             require_may_load()
@@ -159,10 +164,10 @@ class Load:
 
     async def _overwrite(self, stream: IncomingStream) -> None:
         host = self._host
-        self._progress.begin()
         host.kept.forget()
-        await host.registry.load_setup(stream)
-        await self._read(stream)
+        with self._progress.kept():
+            await host.registry.load_setup(stream)
+            await self._read(stream)
         for check in host.completeness:
             check()
         saved = {block.name: block.hash for block in self._manifest.blocks}
@@ -191,12 +196,13 @@ class Load:
                     await stream.run(parse_footer(element.section_id, idstr))
                 case _:
                     raise RemoteProtocolError("a command in a snapshot", expected="sections", found=f"{element}")
-            self._job.current = self._manifest.length + stream.offset
+            self._job.current = self._job.total - self._manifest.length + stream.offset
         stream.section = "vmdescription"
         await stream.run(parse_vmdescription_length())
 
     async def _keep(self, f: IncomingStream, header: SectionHeader) -> None:
-        await self._host.kept.keep(f, header, from_qemu=False)
+        size = await self._host.kept.keep(f, header, from_qemu=False)
+        self._host.log.warning("section_kept", idstr=header.idstr, instance_id=header.instance_id, bytes=size)
 
     async def _start(self) -> None:
         host = self._host

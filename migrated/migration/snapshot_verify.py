@@ -9,7 +9,7 @@ import asyncio
 from pathlib import Path
 
 from migrated.migration.snapshot_store import STREAM, read_manifest
-from migrated.transport.chunk_file import verify_chunks
+from migrated.transport.chunk_reader import verify_chunks
 from migrated.wire.manifest import Manifest
 
 

@@ -9,6 +9,7 @@ What is all there is hashed where it lies, in the daemon's mapping, which costs 
 
 from __future__ import annotations
 
+import asyncio
 import bisect
 import os
 from functools import cache
@@ -25,6 +26,8 @@ from migrated.wire.manifest import hash_of
 PIECE_BYTES = 1 << 20
 #: Pieces for one hop into a thread; a cancellation waits for about ten milliseconds.
 STRETCH_PIECES = 64
+#: Two threads that hash are as fast as memory here.
+LANES = 2
 
 
 async def hash_content(block: RamBlockPort) -> str:
@@ -32,9 +35,14 @@ async def hash_content(block: RamBlockPort) -> str:
     hashes: list[str] = []
     # Once for the whole block: to find the end of an extent the kernel walks all of it, wherever the question begins.
     extents = await in_thread(data_extents, block.memfd, 0, block.size_bytes)
-    stretch = STRETCH_PIECES * PIECE_BYTES
-    for start in range(0, block.size_bytes, stretch):
-        hashes += await in_thread(_hash_stretch, block, start, min(start + stretch, block.size_bytes), extents)
+    size, stretch = block.size_bytes, STRETCH_PIECES * PIECE_BYTES
+    for first in range(0, size, LANES * stretch):
+        starts = range(first, min(first + LANES * stretch, size), stretch)
+        lanes = (in_thread(_hash_stretch, block, start, min(start + stretch, size), extents) for start in starts)
+        for found in await asyncio.gather(*lanes, return_exceptions=True):
+            if isinstance(found, BaseException):
+                raise found
+            hashes += found
     return hash_of(hashes)
 
 

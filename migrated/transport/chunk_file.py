@@ -1,21 +1,24 @@
-"""The stream of a snapshot on its way to the disk, and back under the eyes of its manifest.
+"""The stream of a snapshot on its way to the disk, in chunks.
 
-The rule of the file: bytes are hashed between the buffer they were collected in and the disk, in the same pass, and
-never on the event loop. Threads work on some buffers while the next one fills; the disk is set to work all the time,
-so that the fsync at the end finds little left to do.
+The rule of the file: bytes are hashed between the buffer they were collected in and the disk, never on the event loop.
+Threads hash and write some buffers while the next one fills. What goes to the disk goes past the page cache where that
+is possible: it costs a copy less, nothing waits for dirty pages, and the fsync at the end finds nothing left to do.
 
-The stream goes through aiofiles' threads, a comparison through its own, with many chunks to a hop. A thread cannot be
-cancelled, so a descriptor is closed, and a buffer let go, only when the last operation on it has returned.
+A thread cannot be cancelled, so a descriptor is closed, and a buffer let go, only when the last operation on it has
+returned. Read back: `chunk_reader`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
 
 import aiofiles
 import numpy as np
@@ -23,26 +26,26 @@ from aiofiles.threadpool.binary import AsyncFileIO
 from numpy.typing import NDArray
 from xxhash import xxh3_128_hexdigest
 
-from migrated.errors import ChannelClosed, RemoteProtocolError
+from migrated.errors import ChannelClosed
 from migrated.transport.channel import Buffer
 from migrated.transport.file import FILE_MODE
 from migrated.transport.thread import in_thread, to_the_end
-from migrated.wire.manifest import CHUNK_MAX_BYTES, Chunk, Manifest, check_chunk, check_length, section_at
+from migrated.wire.manifest import CHUNK_MAX_BYTES, Chunk
 
-T = TypeVar("T")
+#: What the blocks of all usual disks and file systems divide.
+ALIGNMENT = 4096
+#: Buffers of a writer, one of which is filled while the others are hashed and written.
+LANES = 4
+#: One write, two chunks: each thread that begins or ends takes the GIL for longer than it needs it.
+WRITE_BYTES = 2 * CHUNK_MAX_BYTES
 
-#: Dirty bytes after which the disk is set to work. From 64 to 256 MiB made no difference, without it a fifth was lost.
-SYNC_BYTES = 128 << 20
-#: Buffers of a writer: with two, each waits for the other's bad moments, and an eighth is lost.
-BUFFERS = 5
-#: What is given at a time: a little less than a stream's buffer, so that it fits behind what is left of a record.
-PIECE_BYTES = 960 << 10
-#: What is read ahead, with one hop into a thread.
-READ_BYTES = 4 * PIECE_BYTES
-#: Two threads that read and hash are as fast as memory here; more only wait for each other.
-LANES = 2
-#: How much such a thread reads before it reports: some ten milliseconds.
-STRETCH_CHUNKS = 16
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Lane:
+    """A way to the disk: a buffer, and the file with a position of its own, so that several can be on it at once."""
+
+    buffer: NDArray[np.uint8]
+    file: AsyncFileIO
 
 
 class ChunkWriter:
@@ -51,42 +54,37 @@ class ChunkWriter:
     has_return_path = False
     bytes_received = 0
 
-    def __init__(self, file: AsyncFileIO, path: Path) -> None:
+    def __init__(self, files: Iterable[AsyncFileIO], path: Path) -> None:
         self.peer = f"file:{path}"
         self.chunks: list[Chunk] = []
-        """What is on its way to the disk, in order; complete once `finish` has returned."""
+        """What is on the disk, in order; complete once `finish` has returned."""
         self.bytes_sent = 0
         self.silence_timeout_s = 0.0
         """Not used: a disk may be slow, but it does not go silent."""
-        self._file = file
-        self._fd = file.fileno()
-        self._free = [np.empty(CHUNK_MAX_BYTES, np.uint8) for _ in range(BUFFERS)]
+        self._free = [_Lane(_aligned(WRITE_BYTES), file) for file in files]
         """The last one is being filled."""
         self._filled = 0
-        self._cut = False
-        self._writing: deque[asyncio.Future[None]] = deque()
-        self._syncing: asyncio.Future[None] | None = None
-        self._unsynced = 0
+        self._ends: list[int] = []
+        """Where in that one chunks end: at cuts, and where it does itself."""
+        self._writing: deque[tuple[_Lane, asyncio.Task[list[Chunk]]]] = deque()
 
     def cut(self) -> None:
         """Begin a new chunk with the next byte: another section begins there."""
-        self._cut = True
+        self._ends.append(self._filled)
 
     async def send(self, data: Buffer) -> None:
         """Take bytes. Raises ChannelClosed when the disk does not take them."""
         if not len(data):
             return  # a device without state
-        rest = np.frombuffer(data, np.uint8)
-        if self._cut and self._filled:
-            await self._hand_over()
-        self._cut = False
-        while len(rest):
-            count = min(len(rest), CHUNK_MAX_BYTES - self._filled)
-            np.copyto(self._free[-1][self._filled : self._filled + count], rest[:count])
+        rest = memoryview(data).cast("B")
+        while rest:
+            count = min(len(rest), WRITE_BYTES - self._filled)
+            # With the GIL, for a tenth of a millisecond: letting it go to threads at work costs several times as much.
+            self._free[-1].buffer.data[self._filled : self._filled + count] = rest[:count]
             self._filled += count
             self.bytes_sent += count
             rest = rest[count:]
-            if self._filled == CHUNK_MAX_BYTES:
+            if self._filled == WRITE_BYTES:
                 await self._hand_over()
 
     async def finish(self) -> None:
@@ -98,55 +96,33 @@ class ChunkWriter:
             await self._hand_over()
         while self._writing:
             await self._settle()
-        await self._synced()
-        await self._to_disk(self._file.truncate(self.bytes_sent))
-        await self._to_disk(asyncio.to_thread(os.fsync, self._fd))
+        file = self._free[-1].file
+        with self._errors():
+            await to_the_end(file.truncate(self.bytes_sent))
+            await in_thread(os.fsync, file.fileno())
 
     async def _hand_over(self) -> None:
         """Let threads hash and write the buffer; wait until there is another one to fill."""
-        buffer, length = self._free.pop(), self._filled
-        before = self._writing[-1] if self._writing else None
-        self._writing.append(asyncio.ensure_future(self._store(buffer, length, self.bytes_sent - length, before)))
-        self._filled = 0
+        self.cut()
+        lane, offset = self._free.pop(), self.bytes_sent - self._filled
+        self._writing.append((lane, asyncio.ensure_future(_store(lane, self._ends, offset))))
+        self._filled, self._ends = 0, []
+        await asyncio.sleep(0)  # it begins now
         while not self._free:
             await self._settle()
 
     async def _settle(self) -> None:
-        await to_the_end(self._writing.popleft())
+        """Wait for the buffer that was handed over first."""
+        lane, storing = self._writing.popleft()
+        self._free.insert(0, lane)
+        with self._errors():
+            chunks = await to_the_end(storing)
+        self.chunks += chunks
 
-    async def _store(
-        self, buffer: NDArray[np.uint8], length: int, offset: int, before: asyncio.Future[None] | None
-    ) -> None:
-        full = buffer[:length]
-        hashing = asyncio.ensure_future(asyncio.to_thread(xxh3_128_hexdigest, full.data))
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
         try:
-            if before is not None:
-                await before  # its error is this one's, too: nothing goes behind a gap
-            await self._to_disk(self._write(full))
-        finally:
-            digest = await hashing
-        self.chunks.append(Chunk(offset, length, digest))
-        self._free.insert(0, buffer)
-        self._unsynced += length
-        if self._unsynced >= SYNC_BYTES and (self._syncing is None or self._syncing.done()):
-            await self._synced()
-            self._unsynced = 0
-            self._syncing = asyncio.ensure_future(asyncio.to_thread(os.fdatasync, self._fd))
-
-    async def _synced(self) -> None:
-        """Wait for the fdatasync under way; a descriptor is told of a lost write only once, so it has to be asked."""
-        if self._syncing is not None:
-            syncing, self._syncing = self._syncing, None
-            await self._to_disk(to_the_end(syncing))
-
-    async def _write(self, full: NDArray[np.uint8]) -> None:
-        rest = full.data
-        while rest:
-            rest = rest[await self._file.write(rest) :]
-
-    async def _to_disk(self, operation: Coroutine[Any, Any, T]) -> T:
-        try:
-            return await operation
+            yield
         except OSError as error:
             raise ChannelClosed(f"Unable to write to file: {error.strerror or error}", peer=self.peer) from error
 
@@ -158,154 +134,98 @@ class ChunkWriter:
 
     async def close(self) -> None:
         """Let go of the file, once no thread uses it. Twice does no harm, and it does not raise."""
-        await _finished(*self._writing, self._syncing)
+        await asyncio.gather(*(storing for _, storing in self._writing), return_exceptions=True)
+        lanes = [*self._free, *(lane for lane, _ in self._writing)]
         self._writing.clear()
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._free.clear()
+        for lane in lanes:
+            os.close(lane.file.fileno())
 
     def abort(self) -> None:
         """Do nothing: whoever made this file closes it."""
+
+
+def _aligned(size: int) -> NDArray[np.uint8]:
+    """Return memory that a disk can read from directly."""
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.__array_interface__["data"][0] % ALIGNMENT
+    return memory[start : start + size]
+
+
+async def _store(lane: _Lane, ends: list[int], offset: int) -> list[Chunk]:
+    """Hash and write a buffer that belongs at ``offset``; return its chunks. Raises OSError."""
+    hashing = asyncio.get_running_loop().run_in_executor(None, _hash_chunks, lane.buffer, ends, offset)
+    try:
+        await lane.file.seek(offset)
+        # Only the last one is not full; what is too much of it is cut off in the end.
+        rest = lane.buffer[: -(-ends[-1] // ALIGNMENT) * ALIGNMENT].data
+        while rest:
+            rest = rest[await lane.file.write(rest) :]
+    finally:
+        chunks = await hashing
+    return chunks
+
+
+def _hash_chunks(buffer: NDArray[np.uint8], ends: list[int], offset: int) -> list[Chunk]:
+    """Return the chunks of a buffer: what lies between two ends."""
+    return [
+        Chunk(offset + at, length, xxh3_128_hexdigest(buffer[at : at + length].data))
+        for start, end in pairwise([0, *ends])
+        for at in range(start, end, CHUNK_MAX_BYTES)
+        if (length := min(CHUNK_MAX_BYTES, end - at))
+    ]
 
 
 async def create_chunk_file(path: Path, expected_bytes: int) -> ChunkWriter:
     """Create a file with room for ``expected_bytes``. Raises ChannelClosed where there is none."""
     creating = asyncio.ensure_future(asyncio.to_thread(_create, path, expected_bytes))
     try:
-        fd = await to_the_end(creating)
-        # closefd=False: the descriptor is closed by the writer, and not by a hop into another thread.
-        return ChunkWriter(await aiofiles.open(fd, "wb", buffering=0, closefd=False), path)
+        fds = await to_the_end(creating)
+        # closefd=False: the descriptors are closed by the writer, and not by a hop into another thread.
+        files = [await aiofiles.open(fd, "wb", buffering=0, closefd=False) for fd in fds]
+        return ChunkWriter(files, path)
     except OSError as error:
         raise ChannelClosed(
             f"Could not create a file of {expected_bytes} bytes: {error.strerror or error}", peer=f"file:{path}"
         ) from error
     except asyncio.CancelledError:
         if not creating.exception():
-            os.close(creating.result())
+            for fd in creating.result():
+                os.close(fd)
         raise
 
 
-def _create(path: Path, expected_bytes: int) -> int:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
-    try:
+def _create(path: Path, expected_bytes: int) -> list[int]:
+    """Create a file; return a descriptor for each lane."""
+    with ExitStack() as undo:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
+        undo.callback(os.close, fd)
         # Here, and not in the middle with the machine stopped, a full disk is found.
         os.posix_fallocate(fd, 0, max(expected_bytes, 1))
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+        flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_DIRECT if _writes_directly(path) else 0)
+        fds = []
+        for _ in range(LANES):
+            fds.append(os.open(path, flags))
+            undo.callback(os.close, fds[-1])
+        undo.pop_all()
+    os.close(fd)
+    return fds
 
 
-class ChunkReader:
-    """A Channel out of a file: a thread reads ahead while what it read before is used. Made by `open_chunk_file`."""
-
-    has_return_path = False
-    bytes_sent = 0
-
-    def __init__(self, file: AsyncFileIO, path: Path) -> None:
-        self.peer = f"file:{path}"
-        self.bytes_received = 0
-        self.silence_timeout_s = 0.0
-        """Not used: a disk may be slow, but it does not go silent."""
-        self._file = file
-        self._buffers = [memoryview(bytearray(READ_BYTES)) for _ in range(2)]
-        self._left = memoryview(b"")
-        self._ahead: asyncio.Future[int] | None = None
-
-    async def receive_into(self, view: memoryview, *, deadline_s: float | None = None) -> int:
-        """Read at least one byte; 0 at the end. Raises ChannelClosed when the disk does not give it."""
-        if not self._left:
-            try:
-                count = await to_the_end(self._ahead or self._read())
-            except OSError as error:
-                raise ChannelClosed(f"Unable to read from file: {error.strerror or error}", peer=self.peer) from error
-            self._left = self._buffers[0][:count]
-            self._buffers.reverse()
-            self._ahead = asyncio.ensure_future(self._read())
-        count = min(len(view), len(self._left), PIECE_BYTES)
-        view[:count] = self._left[:count]
-        self._left = self._left[count:]
-        self.bytes_received += count
-        return count
-
-    async def _read(self) -> int:
-        return await self._file.readinto(self._buffers[0]) or 0
-
-    async def send(self, data: Buffer) -> None:
-        raise ChannelClosed("nothing goes into a file that is read", peer=self.peer)
-
-    def shutdown_write(self) -> None:
-        """Do nothing: a file is not told."""
-
-    async def close(self) -> None:
-        """Let go of the file, once no thread uses it. Twice does no harm, and it does not raise."""
-        await _finished(self._ahead)
-        self._ahead = None
-        await self._file.close()
-
-    def abort(self) -> None:
-        """Do nothing: whoever opened this file closes it."""
-
-
-async def open_chunk_file(path: Path) -> ChunkReader:
-    """Open a file to read it from the beginning. Raises ChannelClosed."""
+def _writes_directly(path: Path) -> bool:
+    """Say whether the file system writes past the page cache, in blocks of ALIGNMENT bytes."""
     try:
-        return ChunkReader(await aiofiles.open(path, "rb", buffering=0), path)
+        fd = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
     except OSError as error:
-        raise ChannelClosed(f"Could not open '{path}': {error.strerror or error}") from error
-
-
-async def _finished(*running: asyncio.Future[Any] | None) -> None:
-    """Wait until these have ended; how, is of no interest any more."""
-    for one in running:
-        if one is not None:
-            await asyncio.wait([one])
-            _ = one.cancelled() or one.exception()  # seen
-
-
-async def verify_chunks(path: Path, manifest: Manifest, on_read: Callable[[int], None] = lambda count: None) -> None:
-    """Read a stream and compare it with its manifest. Raises RemoteProtocolError, which names section and offset.
-
-    ``on_read`` is told how many bytes were found right.
-    """
+        if error.errno != errno.EINVAL:
+            raise
+        return False
     try:
-        fd = await in_thread(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
+        os.pwrite(fd, _aligned(ALIGNMENT).data, 0)
     except OSError as error:
-        raise RemoteProtocolError(f"the stream cannot be read: {error.strerror or error}", found=str(path)) from error
-    try:
-        check_length(manifest, os.fstat(fd).st_size)
-        lanes = (_verify_lane(fd, manifest, number, on_read) for number in range(LANES))
-        results = await asyncio.gather(*lanes, return_exceptions=True)
+        if error.errno != errno.EINVAL:
+            raise
+        return False
     finally:
         os.close(fd)
-    wrong = [result for result in results if isinstance(result, BaseException)]
-    if wrong:
-        raise min(wrong, key=_place)
-
-
-def _place(error: BaseException) -> int:
-    return (error.offset or 0) if isinstance(error, RemoteProtocolError) else -1
-
-
-async def _verify_lane(fd: int, manifest: Manifest, number: int, on_read: Callable[[int], None]) -> None:
-    """Compare every LANES-th stretch of chunks, up to the first chunk that is wrong."""
-    buffer = memoryview(bytearray(CHUNK_MAX_BYTES))
-    for start in range(number * STRETCH_CHUNKS, len(manifest.chunks), LANES * STRETCH_CHUNKS):
-        on_read(await in_thread(_verify_stretch, fd, manifest, start, buffer))
-
-
-def _verify_stretch(fd: int, manifest: Manifest, start: int, buffer: memoryview) -> int:
-    chunks = manifest.chunks[start : start + STRETCH_CHUNKS]
-    for chunk in chunks:
-        target = buffer[: chunk.length]
-        try:
-            count = os.preadv(fd, [target], chunk.offset)
-        except OSError as error:
-            raise RemoteProtocolError(
-                f"the stream cannot be read: {error.strerror or error}",
-                section=section_at(manifest, chunk.offset), offset=chunk.offset,
-            ) from error  # fmt: skip
-        if count < chunk.length:  # a regular file is read whole, up to its end
-            check_length(manifest, chunk.offset + count)
-        check_chunk(manifest, chunk, xxh3_128_hexdigest(target))
-    return sum(chunk.length for chunk in chunks)
+    return True

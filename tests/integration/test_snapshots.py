@@ -237,35 +237,53 @@ def without_manifest(path: Path) -> None:
     (path / "manifest.json").unlink()
 
 
-@pytest.mark.parametrize(
-    ("spoil", "text"),
-    [
-        (lambda path: flip_a_bit(path, 0.5), r"the stream is damaged .*section ram/0 \(PART\), stream offset 0x"),
-        (lambda path: flip_a_bit(path, 0), r"the stream is damaged .*section stream header, stream offset 0x0"),
-        (cut_short, r"the stream is cut short, .*section ram/0 \(PART\), stream offset 0x"),
-        (of_a_later_version, "does not read snapshots of that format, expected format 1, found format 2"),
-        (without_manifest, "the manifest cannot be read"),
-    ],
-)
-def test_what_is_damaged_is_refused_before_anything_is_touched(
-    site: Site, spoil: Callable[[Path], object], text: str
-) -> None:
+#: What happens to a snapshot, and what is said of it. One machine for all: none of it may be noticed there.
+DAMAGE: list[tuple[Callable[[Path], object], str]] = [
+    (lambda path: flip_a_bit(path, 0.5), r"the stream is damaged .*section ram/0 \(PART\), stream offset 0x"),
+    (lambda path: flip_a_bit(path, 0), r"the stream is damaged .*section stream header, stream offset 0x0"),
+    (cut_short, r"the stream is cut short, .*section ram/0 \(PART\), stream offset 0x"),
+    (of_a_later_version, "does not read snapshots of that format, expected format 1, found format 2"),
+    (without_manifest, "the manifest cannot be read"),
+]
+
+
+def test_what_is_damaged_is_refused_before_anything_is_touched(site: Site) -> None:
     run_job(site.qmp, "snapshot-save", "good")
-    shutil.copytree(shelf(site) / "good", shelf(site) / "bad")
-    spoil(shelf(site) / "bad")
     events(site)
-    error = fail_job(site.qmp, "snapshot-load", "bad")
-    assert_matches(text, error)
+    for number, (spoil, text) in enumerate(DAMAGE):
+        bad = shutil.copytree(shelf(site) / "good", shelf(site) / f"bad{number}")
+        spoil(bad)
+        error = fail_job(site.qmp, "snapshot-load", bad.name)
+        assert_matches(text, error)
+        verified = subprocess.run(
+            [sys.executable, "-m", "migrated.cli.app", "snapshot", "verify", str(bad)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert verified.returncode == 4
+        assert verified.stderr == f"migratectl: {error}\n"
     assert "STOP" not in events(site), "the machine never noticed"
     assert_still_runs(site)
-    verified = subprocess.run(
-        [sys.executable, "-m", "migrated.cli.app", "snapshot", "verify", str(shelf(site) / "bad")],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert verified.returncode == 4
-    assert verified.stderr == f"migratectl: {error}\n"
     run_job(site.qmp, "snapshot-load", "good")
     assert_still_runs(site)
+
+
+def test_where_no_machine_is_damage_is_found_on_the_way_and_another_one_may_come(pair: tuple[Site, Site]) -> None:
+    a, b = pair
+    run_job(a.qmp, "snapshot-save", "one")
+    shutil.copytree(shelf(a) / "one", shelf(b) / "bad")
+    cut_short(shutil.copytree(shelf(a) / "one", shelf(b) / "short"))
+    flip_a_bit(shelf(b) / "bad", 0.9)
+    assert_matches("the stream is cut short", fail_job(b.qmp, "snapshot-load", "short"))
+    assert b.qmp.execute("x-migrated-query-ownership")["record"] == "none", "that shows at once"
+    error = fail_job(b.qmp, "snapshot-load", "bad")
+    assert_matches(r"the stream is damaged .*section ram/0 \(PART\), stream offset 0x", error)
+    assert "snapshot:bad was loaded only in part" in error
+    assert run_state(b) == "inmigrate"
+    with pytest.raises(CommandError, match="loaded only in part"):
+        b.qmp.execute("cont")
+    a.qmp.execute("migrate", {"uri": b.address})
+    wait_status(a, {"completed"})
+    assert_moved(a, b)
 
 
 def assert_matches(text: str, found: str) -> None:

@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import signal
+import tempfile
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ import pytest
 from xxhash import xxh3_128_hexdigest
 
 from migrated.errors import ChannelClosed, RemoteProtocolError
-from migrated.transport import chunk_file
-from migrated.transport.chunk_file import create_chunk_file, open_chunk_file, verify_chunks
+from migrated.transport import chunk_reader
+from migrated.transport.chunk_file import create_chunk_file
+from migrated.transport.chunk_reader import open_chunk_file, verify_chunks
 from migrated.transport.thread import in_thread
 from migrated.wire.manifest import CHUNK_MAX_BYTES, Chunk, Manifest, SavedMachine, SavedSection, hash_of
 
@@ -48,11 +50,16 @@ def manifest_of(chunks: list[Chunk]) -> Manifest:
     return Manifest(1, "test", "", SavedMachine("kv", "", "none", "running"), length, (), sections, tuple(chunks))
 
 
-async def test_chunks_end_at_cuts_and_where_they_are_full(tmp_path: Path) -> None:
-    path = tmp_path / "stream"
+@pytest.mark.parametrize("directory", ["/var/tmp", "/dev/shm"])
+async def test_chunks_end_at_cuts_and_where_a_write_does(directory: str) -> None:
+    with tempfile.TemporaryDirectory(dir=directory) as name:
+        await check_chunks(Path(name) / "stream")
+
+
+async def check_chunks(path: Path) -> None:
     chunks = await write(path, b"head", b"", CONTENT, b"x", expected=len(CONTENT))
     assert path.read_bytes() == b"head" + CONTENT + b"x"
-    assert [chunk.length for chunk in chunks] == [4, CHUNK_MAX_BYTES, CHUNK_MAX_BYTES, 12345, 1]
+    assert [chunk.length for chunk in chunks] == [4, CHUNK_MAX_BYTES, CHUNK_MAX_BYTES - 4, 12345 + 4, 1]
     whole = path.read_bytes()
     for chunk in chunks:
         assert chunk.hash == xxh3_128_hexdigest(whole[chunk.offset : chunk.offset + chunk.length])
@@ -114,25 +121,34 @@ async def test_a_writer_has_no_way_back(tmp_path: Path) -> None:
     await writer.close()
 
 
-async def test_reading_ahead(tmp_path: Path) -> None:
+async def test_only_what_was_found_right_is_given_away(tmp_path: Path) -> None:
     path = tmp_path / "stream"
-    path.write_bytes(CONTENT)
-    reader = await open_chunk_file(path)
-    found, view = bytearray(), memoryview(bytearray(100_000))
+    chunks = await write(path, b"head", CONTENT, b"x")
+    reader = await open_chunk_file(path, manifest_of(chunks))
+    found, view = bytearray(), memoryview(bytearray(reader.piece_bytes))
     while count := await reader.receive_into(view):
         found += view[:count]
-    assert found == CONTENT
-    assert reader.bytes_received == len(CONTENT)
-    assert not await reader.receive_into(view), "the end stays the end"
+    assert found == b"head" + CONTENT + b"x"
+    assert reader.bytes_received == len(found)
     with pytest.raises(ChannelClosed):
         await reader.send(b"x")
     reader.shutdown_write()
     reader.abort()
     await reader.close()
-    with pytest.raises(ChannelClosed, match="Could not open"):
-        await open_chunk_file(tmp_path / "none")
-    directory = await open_chunk_file(path)
-    await directory.close()
+    await reader.close()
+    await flip(path, 4 + CHUNK_MAX_BYTES + 7)
+    reader = await open_chunk_file(path, manifest_of(chunks))
+    small = memoryview(bytearray(CHUNK_MAX_BYTES))
+    assert [await reader.receive_into(small) for _ in range(2)] == [4, CHUNK_MAX_BYTES]
+    with pytest.raises(RemoteProtocolError, match=r"section dev2/0 \(FULL\), stream offset 0x200004"):
+        await reader.receive_into(small)
+    await reader.close()
+    await in_thread(os.truncate, path, 3)
+    with pytest.raises(RemoteProtocolError, match="cut short"):
+        await open_chunk_file(path, manifest_of(chunks))
+    path.unlink()
+    with pytest.raises(RemoteProtocolError, match="cannot be read: No such file"):
+        await open_chunk_file(path, manifest_of(chunks))
 
 
 async def test_a_comparison_that_finds_nothing(tmp_path: Path) -> None:
@@ -173,7 +189,7 @@ async def test_of_two_wrong_chunks_the_first_is_named(tmp_path: Path) -> None:
     path = tmp_path / "stream"
     chunks = await write(path, *[bytes([n]) * 100 for n in range(100)])
     await flip(path, 9_000)
-    await flip(path, chunk_file.STRETCH_CHUNKS * 100)  # the other lane's
+    await flip(path, chunk_reader.STRETCH_CHUNKS * 100)  # the other lane's
     with pytest.raises(RemoteProtocolError, match="section dev16/0"):
         await verify_chunks(path, manifest_of(chunks))
 
