@@ -13,7 +13,7 @@ from migrated.errors import ChannelError, RemoteProtocolError
 from migrated.migration.host import Host
 from migrated.model.handover import Act, Event, Hold, Source, Target, source_step, target_step
 from migrated.wire.command import Command
-from migrated.wire.handover import Offer, encode_commit, encode_handover
+from migrated.wire.handover import Offer, encode_commit, encode_withdrawal
 
 Do = Callable[[], Awaitable[None]]
 
@@ -95,7 +95,7 @@ class SourceHandover:
 
     async def _withdraw(self, send: Callable[[bytes], Awaitable[None]]) -> None:
         try:
-            await send(encode_handover(Command.X_WITHDRAW, self.offer))
+            await send(encode_withdrawal(self.offer))
         except ChannelError:
             return  # it waits, until another offer tells it the same
 
@@ -106,16 +106,19 @@ class TargetHandover:
     def __init__(self, host: Host) -> None:
         self._host = host
         self.offer: Offer | None = None
+        self.checked = False
+        """A checksum follows each section."""
         self.state = Target.EMPTY
         self._decision: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
         self.obeyed = asyncio.Event()
         """Set when the word was obeyed, or cannot be any more."""
 
-    def offered(self, offer: Offer) -> None:
+    def offered(self, offer: Offer, *, checked: bool) -> None:
         """Take an offer down. Raises RemoteProtocolError for a second one."""
         if self.offer is not None:
             raise RemoteProtocolError("a second offer", section="hand-over", expected="one for each migration")
         self.state, _ = target_step(self.state, Event.OFFERED)
+        self.checked = checked
         # No epoch is given twice, whatever either end has seen.
         self.offer = Offer(offer.migration_id, max(offer.epoch, self._host.ownership.record.epoch + 1))
 

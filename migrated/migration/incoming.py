@@ -80,7 +80,13 @@ class IncomingMigration:
         self._take_over = TakeOver(host, self._link, migration_id, autostart)
         self.handover = TargetHandover(host)
         self._word = SourceWord(
-            host, self._link, self._take_over, self.handover, before, command=self._command, on_alone=self.go_alone
+            host,
+            self._link,
+            self._take_over,
+            self.handover,
+            before,
+            command=self._command,
+            on_alone=self._go_alone,
         )
         self._group: asyncio.TaskGroup | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -125,9 +131,8 @@ class IncomingMigration:
         """True while everything is here, and the source has not said what is to become of it."""
         return self.handover.prepared and not self._take_over.begun
 
-    def go_alone(self) -> None:
-        """Use no connection any more, and wait for another one."""
-        self.postcopy.released.set()
+    def _go_alone(self) -> None:
+        self.postcopy.released.set()  # it uses no connection any more
 
     async def give_way(self) -> None:
         """Make room for another migration of the source that this one came from. Raises CommandError."""
@@ -288,6 +293,8 @@ class IncomingMigration:
                     stream, header, missing=self._wait_for_device, keep=self._keep if self._keeps() else None
                 )
         await stream.run(parse_footer(header.section_id, idstr))
+        stream.section = f"{idstr} ({header.kind.name})"
+        await stream.expect_checksum()
 
     async def _begin(self) -> None:
         """Check, before the first section, that a machine may come here and its source be answered."""
@@ -361,9 +368,12 @@ class IncomingMigration:
                 self.migration_id = self._take_over.migration_id = await self._word.take(
                     command, header.payload, first=not self.touched
                 )
+            case Command.X_CHECKSUM:
+                stream.compare(header.payload)
             case Command.X_SECTIONS:
                 self._announcement.take(header.payload)
             case Command.PACKAGED if self._package is None:
+                stream.end_checksums()
                 self._package = await stream.get_buffer(parse_packaged(header.payload))
                 return True
             case _:

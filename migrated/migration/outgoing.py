@@ -39,7 +39,7 @@ from migrated.transport.channel import Channel
 from migrated.transport.file import FileChannel
 from migrated.wire.announcement import encode_announcement
 from migrated.wire.command import FEATURE_HANDOVER, FEATURE_SECTIONS, PEER_PING, Command, ping_payload
-from migrated.wire.handover import encode_handover
+from migrated.wire.handover import encode_offer
 from migrated.wire.postcopy import encode_advise
 
 PAGE_SIZE = 4096
@@ -300,7 +300,10 @@ class OutgoingMigration:
         """Offer the machine to a destination that waits for a commit."""
         if self._return_path is not None and self._return_path.features & FEATURE_HANDOVER:
             self._handover = SourceHandover.begin(self._host, self.migration_id, peer=self.peer, address=self._address)
-            f.put_buffer(encode_handover(Command.X_OFFER, self._handover.offer))
+            checked = bool(self._host.settings.parameters.get("x-migrated-checksums"))
+            f.put_buffer(encode_offer(self._handover.offer, checked=checked))
+            if checked:
+                f.begin_checksums()
 
     def _advise(self, f: OutgoingStream) -> None:
         """Say that postcopy may follow."""

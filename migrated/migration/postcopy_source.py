@@ -103,7 +103,7 @@ class PostcopySource:
         await host.registry.save_live_complete_precopy(f, postcopy=True)
         await host.postcopy_save.begin_postcopy(f, preempt=link.urgent is not None)
         ledger.mark("ram", clock())
-        package = await self._package()
+        package = await self._package(f.checks)
         if self._handover is None:
             # It starts when it has read the package.
             await host.postcopy_save.require_stopped()
@@ -112,6 +112,8 @@ class PostcopySource:
             await host.ownership.become(Hold.RELEASED, peer=link.peer, migration_id=self._migration_id)
             self._committed(on_commit)
         f.put_command(Command.PING, ping_payload(SETUP_PING))
+        f.put_checksum()
+        f.end_checksums()  # pages are placed as they come from here on
         f.put_buffer(encode_packaged(len(package)))
         f.put_buffer(package)
         f.put_command(Command.PING, ping_payload(PACKAGE_PING))
@@ -122,10 +124,12 @@ class PostcopySource:
             self._advance(MigrationStatus.DEVICE)
             self._advance(MigrationStatus.POSTCOPY_DEVICE)
 
-    async def _package(self) -> bytes:
+    async def _package(self, checked: bool) -> bytes:
         """Return LISTEN, the devices, and RUN, as one piece."""
         memory = MemoryChannel()
         f = OutgoingStream(memory, BandwidthMeter(), clock=self._host.clock)
+        if checked:
+            f.begin_checksums()
         f.put_command(Command.POSTCOPY_LISTEN)
         await self._host.registry.save_state(f)
         f.put_command(Command.PING, ping_payload(DEVICES_PING))

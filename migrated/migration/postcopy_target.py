@@ -195,6 +195,8 @@ class PostcopyTarget:
             silence_timeout_s=self._host.settings.silence_timeout_s,
             buffer_bytes=PACKAGE_BUFFER_BYTES,
         )
+        if self._handover.checked:
+            stream.begin_checksums()
         await self._read(stream)
         if not self.ran:
             raise RemoteProtocolError("the package ended without RUN", section="package", expected="POSTCOPY_RUN")

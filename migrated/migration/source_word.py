@@ -19,7 +19,7 @@ from migrated.migration.take_over import TakeOver
 from migrated.model.handover import Act, Event, Hold, Target, answer_to
 from migrated.stream.incoming import IncomingStream
 from migrated.wire.command import Command
-from migrated.wire.handover import Answer, Offer, decode_commit, decode_handover
+from migrated.wire.handover import Answer, Offer, decode_handover, decode_with_flag
 from migrated.wire.section import CommandHeader, parse_element
 
 TakeCommand = Callable[[IncomingStream, CommandHeader], Awaitable[bool]]
@@ -86,13 +86,15 @@ class SourceWord:
         """
         match command:
             case Command.X_OFFER:
-                offer = decode_handover(payload)
-                self._handover.offered(offer)
+                offer, checked = decode_with_flag(payload)
+                self._handover.offered(offer, checked=checked)
+                if checked:
+                    self._link.stream.begin_checksums()
             case Command.X_WITHDRAW:
                 offer = decode_handover(payload)
                 self._handover.take_withdrawal(offer)
             case _:
-                offer, serves = decode_commit(payload)
+                offer, serves = decode_with_flag(payload)
                 if first:
                     await self._answer(offer, serves)
                 self._handover.take_commit(offer)

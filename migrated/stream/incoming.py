@@ -26,9 +26,12 @@ from migrated.errors import (
     SectionError,
     WorkloadError,
 )
+from migrated.stream.checksum import Checksum
 from migrated.transport.channel import Channel, ReadsAhead, SocketChannel
+from migrated.wire.command import Command
 from migrated.wire.primitives import parse_counted_string
 from migrated.wire.pull import Parser
+from migrated.wire.section import CommandHeader, parse_element
 
 T = TypeVar("T")
 
@@ -63,6 +66,9 @@ class IncomingStream:
         self._start = 0
         self._end = 0
         self._consumed = 0
+        self._checksum: Checksum | None = None
+        self._summed = 0
+        """Up to where the buffer is in the checksum; never behind what is consumed."""
         self._front = -1
         self._front_since_s = 0.0
         self.idle_timeout_s: float | None = None
@@ -74,6 +80,50 @@ class IncomingStream:
     def offset(self) -> int:
         """Stream offset of the next byte to be parsed."""
         return self._consumed
+
+    # -- checksums ---------------------------------------------------------------------------------------------
+
+    def begin_checksums(self) -> None:
+        """Sum up what is consumed from here on."""
+        self._checksum = Checksum()
+        self._summed = self._start
+
+    def end_checksums(self) -> None:
+        """Sum up no more."""
+        self._checksum = None
+
+    async def expect_checksum(self) -> None:
+        """Read and compare what has to follow a section. Raises RemoteProtocolError."""
+        if self._checksum is None:
+            return
+        element = await self.run(parse_element(None))
+        if not isinstance(element, CommandHeader) or element.number != Command.X_CHECKSUM:
+            raise RemoteProtocolError("a section without its checksum", section=self.section, expected="X_CHECKSUM")
+        self.compare(element.payload)
+
+    def compare(self, checksum: bytes) -> None:
+        """Compare with the sum of what was consumed since the last one, but for ``checksum`` itself, just consumed.
+
+        Raises RemoteProtocolError.
+        """
+        if self._checksum is None:
+            return
+        self._checksum.add(self._view[self._summed : self._start - len(checksum)])
+        self._summed = self._start
+        if (found := self._checksum.take()) != checksum:
+            raise RemoteProtocolError(
+                "what arrived is not what was sent: it changed on the way",
+                section=self.section,
+                offset=self.offset,
+                expected=f"checksum {checksum.hex()}",
+                found=found.hex(),
+            )
+
+    def _sum_up(self) -> None:
+        """Take what was consumed into the checksum, before the buffer is used again."""
+        if self._checksum is not None:
+            self._checksum.add(self._view[self._summed : self._start])
+        self._summed = self._start
 
     # -- bulk --------------------------------------------------------------------------------------------------
 
@@ -109,12 +159,13 @@ class IncomingStream:
 
     async def _receive(self, deadline_s: float | None) -> int:
         """Receive behind what is buffered. Only a partial record is ever moved: the bulk parser consumes all others."""
+        self._sum_up()
         if self._file is not None:
             return await self._go_on_ahead(self._file)
         if self._start:
             remainder = self._end - self._start
             self._view[:remainder] = self._view[self._start : self._end]
-            self._start, self._end = 0, remainder
+            self._start, self._end, self._summed = 0, remainder, 0
         return await self._channel.receive_into(self._view[self._end :], deadline_s=deadline_s)
 
     async def _go_on_ahead(self, file: ReadsAhead) -> int:
@@ -124,7 +175,8 @@ class IncomingStream:
             self._reading = True
         count = await file.end_receive()
         left = self.peek()
-        self._start, self._end = FRONT_BYTES - len(left), FRONT_BYTES
+        self._start = self._summed = FRONT_BYTES - len(left)
+        self._end = FRONT_BYTES
         self._other[self._start : self._end] = left
         self._view, self._other = self._other, self._view
         self._address = _address(self._view)
@@ -175,11 +227,13 @@ class IncomingStream:
         """
 
         def taken(count: int) -> bool:
-            self._start, self._end = 0, count
+            self._start, self._end, self._summed = 0, count, 0
             self.consume(take(self.peek()))
+            self._sum_up()
             return self._start == self._end
 
         self.consume(take(self.peek()))
+        self._sum_up()
         while self._start == self._end:
             if not isinstance(self._channel, SocketChannel):
                 await self.wait_for_element()

@@ -13,6 +13,7 @@ from typing import Any
 
 from migrated.errors import LocalProtocolError
 from migrated.model.stats import BandwidthMeter
+from migrated.stream.checksum import CHECKSUM_BYTES, Checksum
 from migrated.transport.channel import Channel, SocketChannel
 from migrated.wire.command import Command, encode_command
 from migrated.wire.primitives import encode_counted_string
@@ -53,6 +54,9 @@ class OutgoingStream:
         self._buffer = bytearray()
         self._flushed = 0
         self._sending = False
+        self._checksum: Checksum | None = None
+        self._summed = 0
+        """How much of the buffer is in the checksum."""
         self._open: SectionHeader | None = None
         self._body_start = 0
         self._described: Mapping[str, Any] = {}
@@ -103,6 +107,9 @@ class OutgoingStream:
 
     async def _send(self, data: Buffer) -> None:
         view = memoryview(data).cast("B")
+        if self._checksum is not None:
+            self._checksum.add(view[self._summed :])
+            self._summed = 0
         self._account(len(view))
         self._sending = True
         try:
@@ -117,13 +124,41 @@ class OutgoingStream:
 
     def send_now(self, data: Buffer) -> bool:
         """Put ``data`` and send what goes without waiting; False where something is left for `drain`."""
-        if self._sending or self._buffer or not isinstance(self._channel, SocketChannel):
+        if self._sending or self._buffer or self._checksum or not isinstance(self._channel, SocketChannel):
             self.put_buffer(data)
             return False
         count = self._channel.send_now(data)
         self._account(count)
         self._buffer += data[count:]
         return count == len(data)
+
+    # -- checksums ---------------------------------------------------------------------------------------------
+
+    def begin_checksums(self) -> None:
+        """Sum up what is put from here on; a checksum follows each section (only for a `migrated` destination)."""
+        self._checksum = Checksum()
+        self._summed = len(self._buffer)
+
+    def end_checksums(self) -> None:
+        """Sum up no more."""
+        self._checksum = None
+        self._summed = 0
+
+    @property
+    def checks(self) -> bool:
+        """True while checksums are sent."""
+        return self._checksum is not None
+
+    def put_checksum(self) -> None:
+        """Put X_CHECKSUM of everything since the last one, its own head included."""
+        if self._checksum is None:
+            return
+        element = encode_command(Command.X_CHECKSUM, bytes(CHECKSUM_BYTES))
+        self.put_buffer(element[:-CHECKSUM_BYTES])
+        with memoryview(self._buffer) as view:
+            self._checksum.add(view[self._summed :])
+        self.put_buffer(self._checksum.take())
+        self._summed = len(self._buffer)
 
     # -- elements ----------------------------------------------------------------------------------------------
 
@@ -160,6 +195,7 @@ class OutgoingStream:
             self._full_sections.append(DeviceEntry(header.idstr, header.instance_id, body, self._described))
         self.put_buffer(encode_footer(section_id))
         self._open = None
+        self.put_checksum()
 
     def put_end_of_stream(self) -> None:
         """Put EOF and the VMDESCRIPTION of what was put: the last bytes the destination needs."""

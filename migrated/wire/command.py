@@ -36,6 +36,8 @@ class Command(IntEnum):
     X_OFFER = 0x4D02
     X_COMMIT = 0x4D03
     X_WITHDRAW = 0x4D04
+    #: A peer extension: XXH3 (64 bits) of every byte since the last one, or the offer, up to its own payload.
+    X_CHECKSUM = 0x4D05
 
 
 #: Migration id and epoch.
@@ -54,9 +56,10 @@ LENGTHS: dict[Command, int | None] = {
     Command.RECV_BITMAP: None,
     Command.SWITCHOVER_START: 0,
     Command.X_SECTIONS: None,
-    Command.X_OFFER: HANDOVER_BYTES,
+    Command.X_OFFER: HANDOVER_BYTES + 1,
     Command.X_COMMIT: HANDOVER_BYTES + 1,
     Command.X_WITHDRAW: HANDOVER_BYTES,
+    Command.X_CHECKSUM: 8,
 }
 _KNOWN = frozenset(LENGTHS)
 #: The length field has 16 bits.

@@ -3,9 +3,11 @@
 The rule of the file: it carries the messages of `model.handover`, and knows nothing of when they are sent. Sent only to
 a peer that has shown, by a bit of its features, that it knows them.
 
-    X_OFFER, X_WITHDRAW   16 bytes migration id, be64 epoch                source -> destination, commands
-    X_COMMIT              the same, u8 serves: 1 = memory that is missing still comes
-    X_HANDOVER            u8 answer: 1 ready, 2 active, 3 refused; the same as an offer    destination -> source
+    X_OFFER      16 bytes migration id, be64 epoch, u8 checked       source -> destination, commands
+                 checked: 1 = a checksum follows each section
+    X_COMMIT     the same id and epoch, u8 serves: 1 = memory that is missing still comes
+    X_WITHDRAW   the same id and epoch
+    X_HANDOVER   u8 answer: 1 ready, 2 active, 3 refused; id and epoch     destination -> source
 """
 
 from __future__ import annotations
@@ -50,14 +52,19 @@ class HandoverAnswer:
     offer: Offer
 
 
-def encode_handover(command: Command, offer: Offer) -> bytes:
-    """Encode X_OFFER or X_WITHDRAW as a whole element."""
-    return encode_command(command, handover_payload(offer))
+def encode_offer(offer: Offer, *, checked: bool) -> bytes:
+    """Encode X_OFFER as a whole element; ``checked``: a checksum follows each section."""
+    return encode_command(Command.X_OFFER, handover_payload(offer) + bytes([checked]))
 
 
 def encode_commit(offer: Offer, *, serves: bool) -> bytes:
     """Encode X_COMMIT as a whole element; ``serves``: memory that is missing at the other end still comes."""
     return encode_command(Command.X_COMMIT, handover_payload(offer) + bytes([serves]))
+
+
+def encode_withdrawal(offer: Offer) -> bytes:
+    """Encode X_WITHDRAW as a whole element."""
+    return encode_command(Command.X_WITHDRAW, handover_payload(offer))
 
 
 def handover_payload(offer: Offer) -> bytes:
@@ -75,11 +82,11 @@ def decode_handover(payload: bytes) -> Offer:
     return Offer(raw.hex(), epoch)
 
 
-def decode_commit(payload: bytes) -> tuple[Offer, bool]:
-    """Decode a payload whose length was checked: the offer, and whether missing memory comes. RemoteProtocolError."""
+def decode_with_flag(payload: bytes) -> tuple[Offer, bool]:
+    """Decode the payload of X_OFFER or X_COMMIT, whose length was checked. Raises RemoteProtocolError."""
     if payload[-1] not in (0, 1):
         raise RemoteProtocolError(
-            "a source serves or does not", section="hand-over", expected="0 or 1", found=str(payload[-1])
+            "a hand-over with an unknown flag", section="hand-over", expected="0 or 1", found=str(payload[-1])
         )
     return decode_handover(payload[:-1]), bool(payload[-1])
 

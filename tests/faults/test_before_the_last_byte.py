@@ -158,3 +158,34 @@ def test_a_machine_does_not_leave_without_its_workload(make_site: Callable[..., 
     with pytest.raises(CommandError, match=r"there is nothing to migrate.*start its workload"):
         a.qmp.execute("migrate", {"uri": b.address})
     assert a.qmp.execute("x-migrated-query-ownership")["record"] == "owner"
+
+
+@pytest.mark.parametrize("at", [100_000, 9_000_001])
+def test_a_bit_that_changes_on_the_way_is_found(held_pair: tuple[Site, Site], link: Proxy, at: int) -> None:
+    """TCP's own checksum lets one through every now and then; here it is in the content of a page."""
+    a, b = held_pair
+    link.forward.flip_at = at
+    a.qmp.execute("migrate", {"uri": link.uri})
+    figures = wait_status(a, {"failed"})
+    assert "what arrived is not what was sent" in figures["error-desc"]
+    assert "ram" in figures["error-desc"]
+    assert figures["x-migrated-outcome"] == "source-owns"
+    assert_still_runs(a)
+    link.forward.flip_at = None
+    migrate(a, b, uri=link.uri)
+
+
+def test_a_bit_that_changes_in_a_postcopy_package_is_found(held_pair: tuple[Site, Site], link: Proxy) -> None:
+    a, b = held_pair
+    for site in held_pair:
+        capability(site, "postcopy-ram")
+    # In the blanks behind the run state, which nobody looks at.
+    link.forward.flip_behind = b"globalstate" + bytes.fromhex("00000000 00000001 000000"), 80
+    a.qmp.execute("migrate", {"uri": link.uri})
+    a.qmp.execute("migrate-start-postcopy")
+    figures = wait_status(a, {"failed"})
+    assert link.forward.hit.is_set()
+    assert "what arrived is not what was sent" in figures["error-desc"]
+    assert figures["x-migrated-outcome"] == "source-owns"
+    assert_still_runs(a)
+    migrate(a, b)

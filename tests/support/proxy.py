@@ -27,6 +27,8 @@ class Direction:
     """cut (RST both ways) | stall (pass nothing more) | swallow (read on, deliver nothing)"""
     flip_at: int | None = None
     """Flip a bit of the byte at this offset."""
+    flip_behind: tuple[bytes, int] | None = None
+    """Flip a bit so many bytes behind the end of these, once."""
     cut_before: bytes | None = None
     """Cut where these bytes would pass (in one piece), once."""
     hit: threading.Event = field(default_factory=threading.Event)
@@ -144,6 +146,11 @@ class Proxy:
             changed = bytearray(data)
             changed[way.flip_at - way.passed] ^= 0x10
             data = bytes(changed)
+        if way.flip_behind is not None and (at := data.find(way.flip_behind[0])) >= 0:
+            changed = bytearray(data)
+            changed[at + len(way.flip_behind[0]) + way.flip_behind[1]] ^= 0x10
+            data, way.flip_behind = bytes(changed), None
+            way.hit.set()
         if way.cut_before is not None and (at := data.find(way.cut_before)) >= 0:
             way.cut_before = None
             to.sendall(data[:at])

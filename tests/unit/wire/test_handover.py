@@ -11,10 +11,11 @@ from migrated.wire.handover import (
     HandoverAnswer,
     Offer,
     decode_answer,
-    decode_commit,
     decode_handover,
+    decode_with_flag,
     encode_commit,
-    encode_handover,
+    encode_offer,
+    encode_withdrawal,
 )
 from migrated.wire.pull import feed
 from migrated.wire.return_path import encode_handover_answer, parse_message
@@ -24,21 +25,26 @@ OFFER = Offer("000102030405060708090a0b0c0d0e0f", 7)
 PAYLOAD = bytes(range(16)) + bytes(7) + b"\x07"
 
 
-@pytest.mark.parametrize(("command", "number"), [(Command.X_OFFER, 0x4D02), (Command.X_WITHDRAW, 0x4D04)])
-def test_a_command_is_an_id_and_an_epoch(command: Command, number: int) -> None:
-    assert encode_handover(command, OFFER) == b"\x08" + number.to_bytes(2, "big") + b"\x00\x18" + PAYLOAD
-    header = CommandHeader(number, PAYLOAD)
-    assert check_command(header) is command
-    assert decode_handover(header.payload) == OFFER
+def test_a_withdrawal_is_an_id_and_an_epoch() -> None:
+    assert encode_withdrawal(OFFER) == bytes.fromhex("08 4d04 0018") + PAYLOAD
+    assert check_command(CommandHeader(Command.X_WITHDRAW, PAYLOAD)) is Command.X_WITHDRAW
+    assert decode_handover(PAYLOAD) == OFFER
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_an_offer_says_whether_checksums_follow(checked: bool) -> None:
+    payload = PAYLOAD + bytes([checked])
+    assert encode_offer(OFFER, checked=checked) == bytes.fromhex("08 4d02 0019") + payload
+    assert decode_with_flag(payload) == (OFFER, checked)
 
 
 @pytest.mark.parametrize("serves", [False, True])
 def test_a_commit_says_whether_memory_still_comes(serves: bool) -> None:
     payload = PAYLOAD + bytes([serves])
     assert encode_commit(OFFER, serves=serves) == bytes.fromhex("08 4d03 0019") + payload
-    assert decode_commit(payload) == (OFFER, serves)
-    with pytest.raises(RemoteProtocolError, match="serves or does not"):
-        decode_commit(PAYLOAD + b"\x02")
+    assert decode_with_flag(payload) == (OFFER, serves)
+    with pytest.raises(RemoteProtocolError, match="an unknown flag"):
+        decode_with_flag(PAYLOAD + b"\x02")
 
 
 @pytest.mark.parametrize("answer", Answer)
