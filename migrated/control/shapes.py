@@ -203,6 +203,7 @@ class DowntimeInfo(Shape, frozen=True):
     sync: float | UnsetType = UNSET
     ram: float | UnsetType = UNSET
     devices: float | UnsetType = UNSET
+    ready: float | UnsetType = UNSET
     record: float | UnsetType = UNSET
     answer: float | UnsetType = UNSET
 

@@ -16,7 +16,7 @@ from migrated.migration.handover import Do, TargetHandover
 from migrated.migration.host import Host
 from migrated.migration.incoming_link import IncomingLink
 from migrated.migration.take_over import TakeOver
-from migrated.model.handover import Act, Event, Hold, Target, answer_to
+from migrated.model.handover import Act, Event, Hold, answer_to
 from migrated.stream.incoming import IncomingStream
 from migrated.wire.command import Command
 from migrated.wire.handover import Answer, Offer, decode_handover, decode_with_flag
@@ -51,7 +51,6 @@ class Answered(Exception):
 class Waiting(Protocol):
     """A migration that is still here while its source speaks over another connection."""
 
-    migration_id: str
     handover: TargetHandover
 
     async def commit(self, *, serves: bool) -> None: ...
@@ -104,10 +103,8 @@ class SourceWord:
         """Answer a source that lost our answer, or speaks from another life. Raises Answered."""
         before, ownership = self._before, self._host.ownership
         answer = answer_to(
-            offer.migration_id,
-            present=before.migration_id if before is not None else "",
-            state=before.handover.state if before is not None else Target.EMPTY,
-            taken=frozenset(ownership.record.taken),
+            taken=offer.migration_id in ownership.record.taken,
+            awaited=before is not None and before.handover.offer == offer and before.handover.prepared,
         )
         if answer is None and before is not None:
             await before.commit(serves=serves)

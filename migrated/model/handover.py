@@ -161,11 +161,12 @@ def target_step(state: Target, event: Event) -> tuple[Target, tuple[Act, ...]]:
     return TARGET.get((state, event), (state, ()))
 
 
-def answer_to(migration_id: str, *, present: str, state: Target, taken: frozenset[str]) -> Act | None:
-    """Return what a commit is answered with, or None where it is the one that is waited for: then the table says.
+def answer_to(*, taken: bool, awaited: bool) -> Act | None:
+    """Return what a commit is answered with, or None where the table says: it is the one that is waited for.
 
-    ``present``: the offer that is here, in ``state``; ``taken``: those that were taken over, also in earlier lives.
+    ``taken``: its migration was taken over here, whenever that was; ``awaited``: it is about the offer that is here, by
+    id and by epoch. No epoch is ever given twice, so a stream that is replayed from its beginning finds no commit.
     """
-    if migration_id in taken:
+    if taken:
         return Act.SEND_ACTIVE
-    return None if migration_id == present and state is not Target.EMPTY else Act.SEND_REFUSED
+    return None if awaited else Act.SEND_REFUSED

@@ -142,15 +142,7 @@ class Proxy:
             return "end"
         if way.kept is not None:
             way.kept += data
-        if way.flip_at is not None and way.passed <= way.flip_at < way.passed + len(data):
-            changed = bytearray(data)
-            changed[way.flip_at - way.passed] ^= 0x10
-            data = bytes(changed)
-        if way.flip_behind is not None and (at := data.find(way.flip_behind[0])) >= 0:
-            changed = bytearray(data)
-            changed[at + len(way.flip_behind[0]) + way.flip_behind[1]] ^= 0x10
-            data, way.flip_behind = bytes(changed), None
-            way.hit.set()
+        data = _changed(data, way)
         if way.cut_before is not None and (at := data.find(way.cut_before)) >= 0:
             way.cut_before = None
             to.sendall(data[:at])
@@ -170,6 +162,20 @@ class Proxy:
         if way.limit is not None and way.passed >= way.limit and way.at_limit != "swallow":
             return way.at_limit
         return "go"
+
+
+def _changed(data: bytes, way: Direction) -> bytes:
+    """Flip what is to be flipped."""
+    at = -1
+    if way.flip_at is not None and way.passed <= way.flip_at < way.passed + len(data):
+        at = way.flip_at - way.passed
+    if way.flip_behind is not None and (found := data.find(way.flip_behind[0])) >= 0:
+        at = found + len(way.flip_behind[0]) + way.flip_behind[1]
+        way.flip_behind = None
+        way.hit.set()
+    if at < 0:
+        return data
+    return data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :]
 
 
 def _connect(target: tuple[str, int] | str) -> socket.socket:

@@ -39,8 +39,11 @@ HEARD = {
     Act.SEND_REFUSED: Event.REFUSED,
 }
 MAY_RECEIVE = frozenset({Hold.NONE, Hold.PARTIAL, Hold.MOVED, Hold.PREPARED})
+#: Id and epoch.
+Offer = tuple[str, int]
+NO_OFFER: Offer = ("", 0)
 #: To whom, what, of which hand-over, and the memory that comes with it.
-Message = tuple[int, Event, str, int]
+Message = tuple[int, Event, Offer, int]
 WRITES = {
     Act.WRITE_RELEASED: Hold.RELEASED,
     Act.WRITE_MOVED: Hold.MOVED,
@@ -55,27 +58,28 @@ class Host:
     """A host: what is on its disk, what its workload does and holds, and what only its daemon knows."""
 
     hold: Hold
-    offer: str = ""
+    offer: Offer = NO_OFFER
     """On disk: the hand-over that the record is about."""
+    epoch: int = 0
     taken: set[str] = field(default_factory=set)
     running: bool = False
     memory: int = 0
     dead: bool = False
     source: Source = Source.RUNNING
     target: Target = Target.EMPTY
-    current: str = ""
+    current: Offer = NO_OFFER
     """The hand-over that this host is the source of."""
-    present: str = ""
+    present: Offer = NO_OFFER
     """The offer that it is the destination of."""
     loaded: int = -1
-    todo: list[tuple[Act, str]] = field(default_factory=list)
+    todo: list[tuple[Act, Offer]] = field(default_factory=list)
 
     def revive(self) -> None:
         """Forget what only the daemon knew; the record says how far each side was."""
-        self.todo, self.present, self.loaded = [], "", -1
+        self.todo, self.present, self.loaded = [], NO_OFFER, -1
         self.source = {Hold.RELEASED: Source.RELEASED, Hold.MOVED: Source.MOVED}.get(self.hold, Source.RUNNING)
         self.target = {Hold.PREPARED: Target.PREPARED, Hold.OWNER: Target.OWNER}.get(self.hold, Target.EMPTY)
-        self.current = self.offer if self.hold is Hold.RELEASED else ""
+        self.current = self.offer if self.hold is Hold.RELEASED else NO_OFFER
 
 
 class TwoHosts(RuleBasedStateMachine):
@@ -110,7 +114,7 @@ class TwoHosts(RuleBasedStateMachine):
         mine = [message for message in self.network if message[0] == side]
         steps: list[Callable[[], None]] = [partial(self.arrive, message) for message in mine]
         if host.running and host.source is Source.RUNNING:
-            steps.append(lambda: self.stop(side) if host.current else self.offer(side))
+            steps.append(lambda: self.stop(side) if host.current != NO_OFFER else self.offer(side))
         return steps
 
     def arrive(self, message: Message) -> None:
@@ -121,7 +125,7 @@ class TwoHosts(RuleBasedStateMachine):
         host = self.hosts[side]
         self.write(side)
         self.offers += 1
-        host.current = f"offer-{self.offers}"
+        host.current = (f"offer-{self.offers}", host.epoch + 1)
         self.network.append((1 - side, Event.OFFERED, host.current, 0))
 
     def stop(self, side: int) -> None:
@@ -194,7 +198,7 @@ class TwoHosts(RuleBasedStateMachine):
         host.source, acts = source_step(host.source, event)
         host.todo += [(act, host.current) for act in acts]
         if host.source is Source.RUNNING and event is not Event.SENT:
-            host.current = ""
+            host.current = NO_OFFER
 
     def to_target(self, host: Host, event: Event) -> None:
         if event is Event.RESTARTED and host.hold is Hold.OWNER:
@@ -209,26 +213,29 @@ class TwoHosts(RuleBasedStateMachine):
         if host.dead or host.todo:
             return  # a connection to nobody; a daemon takes one thing after the other
         match event:
-            case Event.OFFERED if host.hold in MAY_RECEIVE and offer != host.present:
+            case Event.OFFERED if host.hold in MAY_RECEIVE and offer[0] != host.present[0]:
                 self.to_target(host, Event.OFFERED)
                 if host.target is Target.LOADING:
-                    host.present, host.loaded = offer, -1
+                    host.present, host.loaded = (offer[0], max(offer[1], host.epoch + 1)), -1
                     host.hold = Hold.PARTIAL if host.hold is Hold.NONE else host.hold
-            case Event.COMPLETE if offer == host.present and host.target is Target.LOADING:
+            case Event.COMPLETE if offer[0] == host.present[0] and host.target is Target.LOADING:
                 host.loaded = memory
                 self.to_target(host, event)
             case Event.COMMIT:
-                answer = answer_to(offer, present=host.present, state=host.target, taken=frozenset(host.taken))
+                awaited = offer == host.present and host.target is not Target.EMPTY
+                answer = answer_to(taken=offer[0] in host.taken, awaited=awaited)
                 if answer is None:
                     self.to_target(host, event)
                 else:
                     host.todo.append((answer, offer))
-            case Event.WITHDRAWN if offer == host.present:
+            case Event.WITHDRAWN if offer[0] == host.present[0]:
                 self.to_target(host, event)
-            case Event.READY | Event.ACTIVE | Event.REFUSED if offer == host.current:
+            case Event.READY | Event.ACTIVE | Event.REFUSED if offer[0] == host.current[0]:
+                if event is Event.READY and host.source is Source.STOPPED:
+                    host.current = offer
                 self.to_source(host, event)
 
-    def perform(self, side: int, act: Act, offer: str) -> None:
+    def perform(self, side: int, act: Act, offer: Offer) -> None:
         host = self.hosts[side]
         if act in HEARD:
             self.network.append((1 - side, HEARD[act], offer, 0))
@@ -238,15 +245,15 @@ class TwoHosts(RuleBasedStateMachine):
         else:
             hold = WRITES[act]
             assert hold in NEXT[host.hold] or hold is host.hold, (host.hold, hold)
-            host.hold, host.offer = hold, offer
+            host.hold, host.offer, host.epoch = hold, offer, max(host.epoch, offer[1])
             if act is Act.WRITE_OWNER and host.target is Target.OWNER and host.loaded >= 0:
                 host.memory, host.loaded = host.loaded, -1
-                host.taken.add(offer)
-                host.source, host.current = Source.RUNNING, ""
+                host.taken.add(offer[0])
+                host.source, host.current = Source.RUNNING, NO_OFFER
             elif act is Act.WRITE_MOVED:
                 host.target = Target.EMPTY
             elif act is Act.WRITE_PARTIAL and host.target is Target.EMPTY:
-                host.present = ""
+                host.present = NO_OFFER
 
     # -- what holds --------------------------------------------------------------------------------------------
 
@@ -317,11 +324,9 @@ def test_what_is_in_no_table_changes_nothing() -> None:
 
 
 def test_a_commit_of_another_life() -> None:
-    taken = frozenset({"a"})
-    assert answer_to("a", present="b", state=Target.PREPARED, taken=taken) is Act.SEND_ACTIVE
-    assert answer_to("c", present="b", state=Target.PREPARED, taken=taken) is Act.SEND_REFUSED
-    assert answer_to("b", present="b", state=Target.EMPTY, taken=taken) is Act.SEND_REFUSED
-    assert answer_to("b", present="b", state=Target.PREPARED, taken=taken) is None
+    assert answer_to(taken=True, awaited=False) is Act.SEND_ACTIVE
+    assert answer_to(taken=False, awaited=False) is Act.SEND_REFUSED
+    assert answer_to(taken=False, awaited=True) is None
 
 
 def test_a_source_that_comes_anew_is_never_turned_away_for_what_it_took_back() -> None:
