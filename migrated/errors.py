@@ -9,6 +9,7 @@
     +-- ChannelError                    the bytes stopped: role, peer, phase
     |   +-- ChannelClosed               the peer closed or reset
     |   +-- ChannelTimeout              the peer is silent
+    |   +-- TlsError                    who is there is not known, or not allowed: the problem's id comes first
     +-- SectionError                    a handler failed; its own error is the cause
     +-- WorkloadError                   an attached process died, hung or lied
     +-- KernelError                     a system call said no: operation and errno
@@ -106,6 +107,17 @@ class ChannelClosed(ChannelError):
 
 class ChannelTimeout(ChannelError):
     """A deadline passed without a byte from, or room for a byte to, the peer."""
+
+
+class TlsError(ChannelError):
+    """A peer, or this host, could not prove who it is. ``problem`` is the id under which the documents explain it."""
+
+    def __init__(self, problem: str, what: str, *, peer: str = "") -> None:
+        super().__init__(what, peer=peer, phase="authenticating" if peer else "")
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.problem}: {super().__str__()}"
 
 
 class SectionError(MigratedError):

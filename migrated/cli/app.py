@@ -16,6 +16,7 @@ import typer
 from migrated.cli.display import choose_display
 from migrated.cli.exit_code import ExitCode
 from migrated.cli.output import Output
+from migrated.cli.pki import pki
 from migrated.cli.postcopy import (
     AT_ONCE,
     DEFAULT_MOMENT,
@@ -59,6 +60,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(snapshot)
+app.add_typer(pki)
 
 
 @app.callback()

@@ -31,11 +31,12 @@ from migrated.daemon.lock import StateLock
 from migrated.daemon.log import configure_log
 from migrated.daemon.notify import Notifier
 from migrated.daemon.record import FileRecordStore
+from migrated.daemon.trust import TrustKeeper, check_trust
 from migrated.daemon.workload_command import WorkloadCommand
 from migrated.devices.attached import register_device, unregister_device
 from migrated.devices.global_state import register_global_state
 from migrated.devices.kept import KeptSections
-from migrated.errors import ConfigError, MigratedError
+from migrated.errors import ConfigError, MigratedError, TlsError
 from migrated.machine.attach import AttachServer
 from migrated.machine.machine import Machine
 from migrated.migration.host import Host, Settings, first_error
@@ -69,9 +70,11 @@ class Daemon:
         incoming: str | None,
         log: FilteringBoundLogger,
         inherited: tuple[str, int] | None = None,
+        path: Path | None = None,
     ) -> None:
         self._inherited = inherited
         self._config = config
+        self._trust = TrustKeeper(config, path, log)
         self._log = log
         self._incoming = incoming
         self._stopping: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -82,6 +85,10 @@ class Daemon:
         """Ask the daemon to end; ``cause`` is QEMU's ShutdownCause ("host-signal", "host-qmp-quit")."""
         if not self._stopping.done():
             self._stopping.set_result(cause)
+
+    def reload(self) -> None:
+        """Read keys and peers again (SIGHUP)."""
+        self._trust.reload()
 
     async def run(self) -> None:
         """Run until `stop`. Raises MigratedError when it cannot start."""
@@ -103,13 +110,14 @@ class Daemon:
             unsubscribe = migrator.subscribe(lambda name, data: notifier.status(_status_line(name, data)))
             stack.callback(unsubscribe)
             migrator.settler.settle()
-            watchdog = jobs.create_task(notifier.keep_watchdog())
+            idle = [jobs.create_task(job) for job in (notifier.keep_watchdog(), self._trust.watch())]
             notifier.ready()
             self._log.info("ready")
             cause = await self._stopping
             notifier.stopping()
             self._log.info("stopping", cause=cause)
-            watchdog.cancel()
+            for task in idle:
+                task.cancel()
             await migrator.close()
 
     async def _wire(self, stack: AsyncExitStack, jobs: asyncio.TaskGroup) -> Migrator:
@@ -148,7 +156,15 @@ class Daemon:
         )
         self._load_handlers(registry, machine)
         snapshot_jobs = Jobs(jobs.create_task, relay, self._log)
-        migrator = Migrator(host, outgoing, incoming, jobs.create_task, snapshot_jobs, allow=config.migration.allow)
+        migrator = Migrator(
+            host,
+            outgoing,
+            incoming,
+            jobs.create_task,
+            snapshot_jobs,
+            allow=config.migration.allow,
+            trust=lambda: self._trust.trust,
+        )
         relay.target = migrator.emit
         store = SnapshotStore(self._state / "snapshots")
         store.clear()
@@ -279,7 +295,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         config = load_config(arguments.config)
-    except ConfigError as error:
+        if arguments.check_config:
+            check_trust(config)
+    except (ConfigError, TlsError) as error:
         sys.stderr.write(f"migrated: {error}\n")
         return EXIT_CONFIG
     if arguments.check_config:
@@ -289,8 +307,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     incoming = arguments.incoming or config.migration.incoming
     try:
         inherited = take_inherited(incoming)
-        uvloop.run(_serve(config, incoming, log, inherited))
-    except ConfigError as error:
+        uvloop.run(_serve(config, incoming, log, inherited, arguments.config))
+    except (ConfigError, TlsError) as error:
         log.error("cannot_start", error=str(error))
         return EXIT_CONFIG
     except (MigratedError, OSError) as error:
@@ -300,10 +318,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _serve(
-    config: Config, incoming: str | None, log: FilteringBoundLogger, inherited: tuple[str, int] | None
+    config: Config, incoming: str | None, log: FilteringBoundLogger, inherited: tuple[str, int] | None, path: Path
 ) -> None:
-    daemon = Daemon(config, incoming, log, inherited)
+    daemon = Daemon(config, incoming, log, inherited, path)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, daemon.stop, "host-signal")
+    loop.add_signal_handler(signal.SIGHUP, daemon.reload)
     await daemon.run()

@@ -33,6 +33,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@:-]{0,63}")
 #: Handlers are named as entry points are: package.module:function.
 _ENTRY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
+#: A DNS name, an IP address, or a whole domain.
+_PEER = re.compile(r"(\*\.)?[A-Za-z0-9_-][A-Za-z0-9_.:-]{0,252}")
+
 RUNTIME_ROOT = "/run/migrated"
 STATE_ROOT = "/var/lib/migrated"
 DEFER = "defer"
@@ -75,6 +78,20 @@ class Migration(Struct, frozen=True, rename="kebab"):
     capabilities: dict[str, Any] = {}
 
 
+class Tls(Struct, frozen=True, rename="kebab"):
+    """Whether connections to other hosts are encrypted and their peers known, and by which keys."""
+
+    mode: Literal["auto", "required", "off"] = "auto"
+    directory: str = ""
+
+
+class Peers(Struct, frozen=True, rename="kebab"):
+    """Which hosts, by the names in their certificates, may send this machine here, and receive it."""
+
+    may_send: list[str] = []
+    may_receive: list[str] = []
+
+
 class Handlers(Struct, frozen=True, rename="kebab"):
     """In-daemon handlers."""
 
@@ -103,6 +120,8 @@ class Config(Struct, frozen=True, rename="kebab"):
     control: Socket = Socket()
     attach: Socket = Socket()
     migration: Migration = Migration()
+    tls: Tls = Tls()
+    peers: Peers = Peers()
     handlers: Handlers = Handlers()
     workload: Workload = Workload()
     log: Log = Log()
@@ -231,7 +250,8 @@ def _problems(config: Config) -> Iterator[tuple[str, str]]:
     """Return what is wrong, as (key, what was expected)."""
     yield from _machine_problems(config.machine)
     yield from _path_problems(config)
-    yield from _incoming_problems(config.migration)
+    yield from _incoming_problems(config)
+    yield from _peer_problems(config)
     yield from _setting_problems(config.migration)
     for number, entry in enumerate(config.handlers.load):
         if not _ENTRY.fullmatch(entry):
@@ -269,7 +289,8 @@ def _path_problems(config: Config) -> Iterator[tuple[str, str]]:
         yield "attach.socket", "expected another path than control.socket"
 
 
-def _incoming_problems(migration: Migration) -> Iterator[tuple[str, str]]:
+def _incoming_problems(config: Config) -> Iterator[tuple[str, str]]:
+    migration = config.migration
     try:
         parse_allow(migration.allow)
     except CommandError as error:
@@ -284,9 +305,22 @@ def _incoming_problems(migration: Migration) -> Iterator[tuple[str, str]]:
     if isinstance(address, FdAddress) and inherited_number(migration.incoming) is None:
         expected = 'expected the number of an inherited descriptor, or "defer": names are given by getfd, later'
         yield "migration.incoming", f"{expected}, found '{migration.incoming}'"
-    if isinstance(address, TcpAddress) and not address.is_loopback and not migration.allow:
+    exposed = isinstance(address, TcpAddress) and not address.is_loopback
+    if exposed and config.tls.mode == "off" and not migration.allow:
         expected = 'expected a loopback address, or allow = ["ADDRESS", ...] with the peers that may connect'
-        yield "migration.incoming", f"{expected}, found '{migration.incoming}': peers are not authenticated yet"
+        yield "migration.incoming", f"{expected}, found '{migration.incoming}': without TLS nobody proves who he is"
+
+
+def _peer_problems(config: Config) -> Iterator[tuple[str, str]]:
+    if config.tls.directory and not config.tls.directory.startswith("/"):
+        yield "tls.directory", f"expected an absolute path, found '{config.tls.directory}'"
+    for key, names in (("peers.may-send", config.peers.may_send), ("peers.may-receive", config.peers.may_receive)):
+        for number, name in enumerate(names):
+            if not _PEER.fullmatch(name):
+                expected = "expected a DNS name, an IP address or *.DOMAIN, as in the peer's certificate"
+                yield f"{key}[{number}]", f"{expected}, found '{name}'"
+        if names and config.tls.mode == "off":
+            yield key, 'expected [tls] mode = "auto" or "required": without TLS nobody proves what he is called'
 
 
 def _setting_problems(migration: Migration) -> Iterator[tuple[str, str]]:

@@ -29,10 +29,18 @@ from migrated.transport.address import Address, TcpAddress, parse_address
 from migrated.transport.channel import Channel
 from migrated.transport.dial import dial
 from migrated.transport.listen import Listener, listen
+from migrated.transport.tls_problem import TlsProblem
+from migrated.transport.trust import Trust
+from migrated.wire.return_path import encode_reason, encode_shut
 
 Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 BUSY = "There's a migration process in progress"
+#: What a `migrated` source is told that sends its stream in cleartext; a QEMU makes nothing of it.
+CLEARTEXT_REFUSED = (
+    f"{TlsProblem.CLEARTEXT}: the destination takes machines under TLS only, and this came in cleartext. Next: give the"
+    " source keys ([tls]; migratectl pki issue)"
+)
 
 
 class Migrator:
@@ -46,6 +54,7 @@ class Migrator:
         spawn: Spawn,
         jobs: Jobs,
         allow: Sequence[str] = (),
+        trust: Callable[[], Trust] = Trust,
     ) -> None:
         self._host = host
         self._outgoing_progress = outgoing_progress
@@ -53,6 +62,7 @@ class Migrator:
         self._spawn = spawn
         self._jobs = jobs
         self._allow = allow
+        self._trust = trust
         self._outgoing: OutgoingMigration | None = None
         self._incoming: IncomingMigration | None = None
         self._arrived_before: IncomingMigration | None = None
@@ -137,9 +147,10 @@ class Migrator:
 
     def _dialling(self, address: Address) -> Dial:
         timeout_s = self._host.settings.silence_timeout_s()
+        name = str(self._host.settings.parameters.get("tls-hostname") or "")
 
         async def connect() -> Channel:
-            return await dial(address, timeout_s=timeout_s, fds=self._descriptors.take)
+            return await dial(address, timeout_s=timeout_s, fds=self._descriptors.take, trust=self._trust(), name=name)
 
         return connect
 
@@ -201,18 +212,31 @@ class Migrator:
     async def open_listener(self, uri: str) -> None:
         """Listen for machines on ``uri``. A machine that comes while one runs here is refused with the reason.
 
-        Raises CommandError for an address that strangers can reach while nobody is named in ``allow``.
+        Raises CommandError for an address that strangers can reach while nobody can be told from a stranger.
         """
         address = parse_address(uri)
-        if isinstance(address, TcpAddress) and not address.is_loopback and not self._allow:
-            raise CommandError(
-                f"{address} can be reached from other hosts, and peers are not authenticated. Next: name those that may"
-                ' connect in the configuration ([migration] allow = ["10.0.0.7", ...]), or listen on a loopback address'
-            )
+        trust = self._trust()
+        if isinstance(address, TcpAddress) and not address.is_loopback and trust.credentials is None:
+            if not trust.cleartext:
+                raise CommandError(
+                    f"{address} can be reached from other hosts, and there are no keys to know peers by. Next: pair the"
+                    " hosts (migratectl pki init), or listen on a loopback address"
+                )
+            if not self._allow:
+                raise CommandError(
+                    f"{address} can be reached from other hosts, in cleartext. Next: name those that may connect in the"
+                    ' configuration ([migration] allow = ["10.0.0.7", ...]), or listen on a loopback address'
+                )
         self._opening = True  # opening takes its time, and a second listener would let a second machine in
         try:
             self._listener = await listen(
-                address, self._receive, allow=self._allow, fds=self._descriptors.take, second=self._take_second
+                address,
+                self._receive,
+                allow=self._allow,
+                fds=self._descriptors.take,
+                second=self._take_second,
+                trust=self._trust,
+                cleartext_answer=encode_reason(CLEARTEXT_REFUSED) + encode_shut(1),
             )
         finally:
             self._opening = False

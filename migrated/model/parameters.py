@@ -142,7 +142,7 @@ PARAMETERS: Mapping[str, Parameter] = {
         _percent("cpu-throttle-increment", 10),
         Parameter("cpu-throttle-tailslow", Kind.BOOL, default=False, implemented=True),
         Parameter("tls-creds", Kind.STR, ""),
-        Parameter("tls-hostname", Kind.STR, ""),
+        Parameter("tls-hostname", Kind.STR, "", implemented=True),
         Parameter("tls-authz", Kind.STR, ""),
         # QEMU: 128 MiB/s, a figure from the days of 1 Gbit/s; 0 = unlimited.
         _rate("max-bandwidth", implemented=True),

@@ -1,6 +1,7 @@
 """Opening the channel of an outgoing migration.
 
-The rule of the file: one deadline for all of it, and errors in QEMU's words, naming the address that was tried.
+The rule of the file: one deadline for all of it, until it is known who is there, and errors in QEMU's words, naming
+the address that was tried.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ from migrated.transport.channel import Channel, SocketChannel
 from migrated.transport.file import open_file, wrap_file
 from migrated.transport.pipe import PipeChannel, run_to_write
 from migrated.transport.readiness import Readiness
+from migrated.transport.tls_channel import TlsChannel
+from migrated.transport.trust import Trust
+
+#: Where nobody says whom to trust: the caller has seen to it, or the socket does not leave this host.
+CLEARTEXT = Trust(cleartext=True)
 
 #: Finds the descriptor of an ``fd:`` address and gives it away; raises CommandError for an unknown name.
 TakeFd = Callable[[str], int]
@@ -34,24 +40,39 @@ TakeFd = Callable[[str], int]
 AddressInfo = tuple[int, int, int, str, tuple[Any, ...]]
 
 
-async def dial(address: Address, *, timeout_s: float, fds: TakeFd) -> Channel:
-    """Connect to ``address``. Raises ChannelClosed, ChannelTimeout, and what ``fds`` raises."""
+async def dial(
+    address: Address, *, timeout_s: float, fds: TakeFd, trust: Trust | None = None, name: str = ""
+) -> Channel:
+    """Connect to ``address``, and know who is there: the certificate has to be for ``name``, or else for the host.
+
+    Raises ChannelClosed, ChannelTimeout, TlsError, and what ``fds`` raises. Without ``trust`` nobody is asked.
+    """
+    channel: Channel | None = None
     try:
         async with asyncio.timeout(timeout_s):
-            return await _dial(address, timeout_s, fds)
-    except TimeoutError as error:
-        raise ChannelTimeout(f"Failed to connect to '{address}': no answer within {timeout_s:g} s") from error
+            channel = await _dial(address, timeout_s, fds, trust or CLEARTEXT, name)
+            if isinstance(channel, TlsChannel):
+                await channel.authenticate()
+            return channel
+    except BaseException as error:
+        if channel is not None:
+            channel.abort()
+        if isinstance(error, TimeoutError):
+            what = "connect to" if channel is None else "agree on TLS with"
+            raise ChannelTimeout(f"Failed to {what} '{address}': no answer within {timeout_s:g} s") from error
+        raise
 
 
-async def _dial(address: Address, timeout_s: float, fds: TakeFd) -> Channel:
+async def _dial(address: Address, timeout_s: float, fds: TakeFd, trust: Trust, name: str) -> Channel:
     match address:
         case TcpAddress():
-            return await _dial_tcp(address, timeout_s)
+            sock = await _dial_tcp(address, timeout_s)
+            return secured(sock, peer_name(sock), trust, name or address.host or "localhost")
         case UnixAddress(path=path):
             sock = await _connect(socket.AF_UNIX, path, path)
             return SocketChannel(sock, str(address))
-        case FdAddress(name=name):
-            return await channel_of_fd(fds(name), str(address), writes=True)
+        case FdAddress(name=fd_name):
+            return await channel_of_fd(fds(fd_name), str(address), writes=True, trust=trust, name=name)
         case ExecAddress(command=command):
             return run_to_write(command, str(address))
         case FileAddress(path=path, offset=offset):
@@ -60,25 +81,51 @@ async def _dial(address: Address, timeout_s: float, fds: TakeFd) -> Channel:
             assert_never(address)
 
 
-async def channel_of_fd(fd: int, peer: str, *, writes: bool) -> Channel:
-    """Return the channel of a descriptor of any kind, which belongs to it from here on. Raises ChannelClosed."""
+def secured(sock: socket.socket, peer: str, trust: Trust, name: str | None) -> SocketChannel:
+    """Return the channel of a connected socket; a TlsChannel is yet to be authenticated. Raises TlsError.
+
+    A Unix socket is this host's own affair and stays cleartext. ``name`` as of `TlsChannel`.
+    """
+    if trust.credentials is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+        return TlsChannel(sock, peer, trust, name)
+    try:
+        trust.require_cleartext(sock, peer)
+    except BaseException:
+        sock.close()
+        raise
+    return SocketChannel(sock, peer)
+
+
+async def channel_of_fd(fd: int, peer: str, *, writes: bool, trust: Trust, name: str = "") -> Channel:
+    """Return the channel of a descriptor of any kind, which belongs to it from here on. Raises ChannelClosed.
+
+    Sockets are `secured`; without a ``name``, the accepting end has to be the host of the other address.
+    """
     try:
         mode = os.fstat(fd).st_mode
     except OSError as error:
         raise ChannelClosed(f"descriptor {fd} cannot be used: {error.strerror}") from error
     if stat.S_ISSOCK(mode):
-        return _channel_of_socket(fd, peer)
+        sock = _connected_socket(fd, peer)
+        if not writes:
+            return secured(sock, peer, trust, None)
+        return secured(sock, peer, trust, name or _peer_host(sock))
     if stat.S_ISFIFO(mode):
         return PipeChannel(peer, write_fd=fd) if writes else PipeChannel(peer, read_fd=fd)
     return await wrap_file(fd, peer, writes=writes)
 
 
-def _channel_of_socket(fd: int, peer: str) -> Channel:
+def _connected_socket(fd: int, peer: str) -> socket.socket:
     sock = socket.socket(fileno=fd)
     if sock.type != socket.SOCK_STREAM or sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         sock.close()
         raise ChannelClosed(f"{peer} is not a connected stream socket")
-    return SocketChannel(sock, peer)
+    return sock
+
+
+def _peer_host(sock: socket.socket) -> str:
+    """Return the address a TCP socket is connected to; of no interest for others."""
+    return plain_host(str(sock.getpeername()[0])) if sock.family in (socket.AF_INET, socket.AF_INET6) else ""
 
 
 async def resolve(address: TcpAddress, *, passive: bool) -> list[AddressInfo]:
@@ -99,7 +146,7 @@ async def resolve(address: TcpAddress, *, passive: bool) -> list[AddressInfo]:
     return list(found)
 
 
-async def _dial_tcp(address: TcpAddress, timeout_s: float) -> Channel:
+async def _dial_tcp(address: TcpAddress, timeout_s: float) -> socket.socket:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout_s
     candidates = await resolve(address, passive=False)
@@ -114,7 +161,7 @@ async def _dial_tcp(address: TcpAddress, timeout_s: float) -> Channel:
             if not candidates:
                 raise
         else:
-            return SocketChannel(sock, peer_name(sock))
+            return sock
 
 
 async def _connect(family: int, target: Any, shown: str) -> socket.socket:

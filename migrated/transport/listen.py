@@ -1,7 +1,8 @@
 """Waiting for the channel of an incoming migration.
 
 The rule of the file: one migration at a time. A further connection, or one from an address that is not allowed, is
-closed at once with a log line; it never waits in a queue.
+closed at once with a log line; it never waits in a queue. Where there are keys, nobody counts who has not proven who he
+is.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ from typing import assert_never
 import structlog
 from structlog.typing import FilteringBoundLogger
 
-from migrated.errors import CommandError
+from migrated.errors import ChannelError, CommandError
 from migrated.transport.accept import accept
 from migrated.transport.address import Address, ExecAddress, FdAddress, FileAddress, TcpAddress, UnixAddress
 from migrated.transport.bind import bind_tcp, bind_unix
 from migrated.transport.channel import Channel, SocketChannel
-from migrated.transport.dial import TakeFd, channel_of_fd, peer_name, plain_host, resolve
+from migrated.transport.dial import CLEARTEXT, TakeFd, channel_of_fd, peer_name, plain_host, resolve, secured
+from migrated.transport.door import Door
 from migrated.transport.file import open_file
 from migrated.transport.pipe import run_to_read
 from migrated.transport.readiness import Readiness
+from migrated.transport.tls_channel import TlsChannel
+from migrated.transport.trust import Trust
 from migrated.transport.unix_path import release_path
 
 BUSY = "another migration is under way"
@@ -42,6 +46,8 @@ class Listener:
         on_channel: OnChannel,
         allow: Sequence[Network],
         second: Callable[[Channel], bool],
+        trust: Callable[[], Trust],
+        cleartext_answer: bytes,
         log: FilteringBoundLogger,
     ) -> None:
         self.address = address
@@ -50,7 +56,11 @@ class Listener:
         self._on_channel = on_channel
         self._allow = allow
         self._second = second
+        self._trust = trust
         self._log = log.bind(listener=str(address))
+        self._door = Door(self._log, cleartext_answer)
+        self._names: tuple[str, ...] = ()
+        """What the peer that is being handled is called; () where nobody has proven anything."""
         self._sockets: list[tuple[socket.socket, Readiness]] = []
         self._path: tuple[str, os.stat_result] | None = None
         self._single: Channel | None = None
@@ -83,7 +93,7 @@ class Listener:
                 self._watch(sock)
                 self._path = path, identity
             case FdAddress(name=name):
-                self._single = await channel_of_fd(fds(name), str(self.address), writes=False)
+                self._single = await channel_of_fd(fds(name), str(self.address), writes=False, trust=self._trust())
             case ExecAddress(command=command):
                 self._single = run_to_read(command, str(self.address))
             case FileAddress(path=path, offset=offset):
@@ -115,27 +125,49 @@ class Listener:
             except OSError:
                 sock.close()  # gone before it was looked at
                 continue
-            if refusal == BUSY and self._second(extra := SocketChannel(sock, peer)):
-                self._log.info("second_channel", peer=extra.peer)
-                continue
             if refusal:
                 self._log.warning("connection_refused", peer=peer, reason=refusal)
                 sock.close()
                 continue
+            try:
+                channel = secured(sock, peer, self._trust(), None)
+            except ChannelError as error:
+                self._log.warning("connection_refused", peer=peer, reason=str(error))
+                continue
+            if isinstance(channel, TlsChannel):
+                group.create_task(self._admit(channel, group))
+            else:
+                self._take(channel, group)
+
+    async def _admit(self, channel: TlsChannel, group: asyncio.TaskGroup) -> None:
+        if await self._door.admit(channel):
+            self._take(channel, group)
+
+    def _take(self, channel: SocketChannel, group: asyncio.TaskGroup) -> None:
+        """Hand over a channel whose peer may come, now or as the second of the one that is here."""
+        if not self.busy:
             self.busy = True
-            group.create_task(self._handle(SocketChannel(sock, peer)))
+            group.create_task(self._handle(channel))
+        elif _names(channel) == self._names and self._second(channel):
+            self._log.info("second_channel", peer=channel.peer)
+        else:
+            self._log.warning("connection_refused", peer=channel.peer, reason=BUSY)
+            channel.abort()
 
     def _refusal(self, sock: socket.socket) -> str | None:
         if self._allow and sock.family in (socket.AF_INET, socket.AF_INET6):
             host = ipaddress.ip_address(plain_host(sock.getpeername()[0].partition("%")[0]))
             if not any(host in network for network in self._allow):
                 return "the address is not in the list of allowed peers"
-        return BUSY if self.busy else None
+        return None
 
     async def _handle(self, channel: Channel) -> None:
         self.busy = True
-        self._log.info("incoming_channel", peer=channel.peer)
         try:
+            if channel is self._single and isinstance(channel, TlsChannel) and not await self._door.admit(channel):
+                return
+            self._names = _names(channel)
+            self._log.info("incoming_channel", peer=channel.peer, certificate=", ".join(self._names) or None)
             await self._on_channel(channel)
         except Exception:  # noqa: BLE001 - the top of a job: a bug in one must not end the listener
             self._log.exception("incoming_channel_bug", peer=channel.peer)
@@ -149,6 +181,7 @@ class Listener:
             readiness.close()
             sock.close()
         self._sockets = []
+        self._door.close()
         if self._path is not None:
             release_path(*self._path)
             self._path = None
@@ -170,17 +203,28 @@ async def listen(
     allow: Sequence[str] = (),
     fds: TakeFd,
     second: Callable[[Channel], bool] = lambda channel: False,
+    trust: Callable[[], Trust] = lambda: CLEARTEXT,
+    cleartext_answer: bytes = b"",
     log: FilteringBoundLogger | None = None,
 ) -> Listener:
     """Listen on ``address``; ``exec:``, ``fd:`` and ``file:`` produce exactly one channel.
 
-    ``second`` is asked to take a connection that comes while one is handled; it is refused where that returns False.
+    ``second`` is asked to take a connection of the same peer that comes while one is handled; it is refused where that
+    returns False. ``trust`` is asked for each connection; ``cleartext_answer`` is what a source is told that sends a
+    stream where TLS is spoken.
     ``allow`` lists the IP addresses or networks that may connect by TCP; empty allows all. Raises ChannelError when
     the address cannot be had, CommandError for an impossible ``allow``, and what ``fds`` raises.
     """
-    listener = Listener(address, on_channel, parse_allow(allow), second, log or structlog.get_logger())
+    log = log or structlog.get_logger()
+    listener = Listener(address, on_channel, parse_allow(allow), second, trust, cleartext_answer, log)
     await listener.open(fds)
     return listener
+
+
+def _names(channel: Channel) -> tuple[str, ...]:
+    """Return what a peer has proven to be called."""
+    certificate = channel.certificate if isinstance(channel, TlsChannel) else None
+    return certificate.names if certificate is not None else ()
 
 
 def parse_allow(allow: Sequence[str]) -> list[Network]:
