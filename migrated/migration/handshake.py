@@ -12,11 +12,18 @@ from migrated.errors import ChannelError, RemoteProtocolError
 from migrated.migration.host import Host
 from migrated.stream.incoming import IncomingStream
 from migrated.transport.channel import Channel, SocketChannel
+from migrated.transport.tls_problem import TlsProblem
 from migrated.wire.section import Configuration, parse_preamble, parse_stream_header
 
 PAGE_BITS = 12
 #: The first byte of a stream's magic.
 STREAM_BEGIN = b"Q"
+#: The first byte of a TLS connection (RFC 8446, 5.1).
+TLS_HANDSHAKE = 0x16
+SPEAKS_TLS = (
+    f"{TlsProblem.NOT_SPOKEN}: the source speaks TLS, and this daemon has no keys. Next: pair the hosts (migratectl pki),"
+    " or migrate without TLS"
+)
 
 
 async def begins_stream(channel: Channel, host: Host) -> bool:
@@ -40,6 +47,9 @@ async def read_preamble(stream: IncomingStream, host: Host) -> int:
     limit_s = host.settings.silence_timeout_s()
     try:
         async with asyncio.timeout(limit_s):
+            await stream.wait_for_element()
+            if stream.peek()[0] == TLS_HANDSHAKE:
+                raise RemoteProtocolError(SPEAKS_TLS, expected="a stream in cleartext", found="a TLS handshake")
             await stream.run(parse_stream_header())
             stream.section = "configuration"
             configuration, first = await stream.run(parse_preamble())

@@ -8,6 +8,7 @@ is.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import os
 import socket
@@ -137,13 +138,13 @@ class Listener:
             if isinstance(channel, TlsChannel):
                 group.create_task(self._admit(channel, group))
             else:
-                self._take(channel, group)
+                await self._take(channel, group)
 
     async def _admit(self, channel: TlsChannel, group: asyncio.TaskGroup) -> None:
         if await self._door.admit(channel):
-            self._take(channel, group)
+            await self._take(channel, group)
 
-    def _take(self, channel: SocketChannel, group: asyncio.TaskGroup) -> None:
+    async def _take(self, channel: SocketChannel, group: asyncio.TaskGroup) -> None:
         """Hand over a channel whose peer may come, now or as the second of the one that is here."""
         if not self.busy:
             self.busy = True
@@ -152,7 +153,8 @@ class Listener:
             self._log.info("second_channel", peer=channel.peer)
         else:
             self._log.warning("connection_refused", peer=channel.peer, reason=BUSY)
-            channel.abort()
+            with contextlib.suppress(ChannelError):
+                await channel.close()
 
     def _refusal(self, sock: socket.socket) -> str | None:
         if self._allow and sock.family in (socket.AF_INET, socket.AF_INET6):

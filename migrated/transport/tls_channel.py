@@ -77,10 +77,11 @@ class TlsChannel(SocketChannel):
         try:
             await self._shake_hands()
             await self._say_or_hear()
+        except (ssl.SSLEOFError, ssl.SSLZeroReturnError, ChannelClosed) as error:
+            raise self._encounter().error(TlsProblem.NOT_SPOKEN, _ended_early(error, self._name)) from error
         except ssl.SSLError as error:
             raise self._explained(error) from error
-        except ChannelClosed as error:
-            raise self._encounter().error(TlsProblem.NOT_SPOKEN, _ended_early(error, self._name)) from error
+        self.bytes_sent = self.bytes_received = 0  # the stream's are counted, and it begins here
         self._buffer = memoryview(bytearray(BATCH_BYTES))
         self._tls.context = self._endpoint.quiet
 
@@ -354,10 +355,11 @@ class TlsChannel(SocketChannel):
             await super().close()
 
 
-def _ended_early(error: ChannelClosed, name: str | None) -> str:
+def _ended_early(error: Exception, name: str | None) -> str:
+    how = error.what if isinstance(error, ChannelClosed) else "end of stream"
     if name is None:
-        return f"the source went away before it had proven who it is ({error.what})"
+        return f"the source went away before it had proven who it is ({how})"
     return (
-        f"the connection ended before the other side had proven who it is ({error.what}): it may speak no TLS, or be"
-        " busy with another migration. Next: see whether it has keys ([tls]), and what its log says"
+        f"the connection ended before the other side had proven who it is ({how}): it may speak no TLS, or be busy with"
+        " another migration. Next: see whether it has keys ([tls]), and what its log says"
     )

@@ -41,6 +41,7 @@ state = "{directory}/state"
 attach-timeout = {attach_timeout_s}
 [log]
 format = "json"
+{config}
 """
 
 
@@ -58,6 +59,7 @@ class HoldingSite:
         machine_type: str = "none",
         parameters: Mapping[str, object] | None = None,
         attach_timeout_s: float = 30,
+        config: str = "",
     ) -> None:
         self.name = name
         self.directory = directory / name
@@ -71,6 +73,7 @@ class HoldingSite:
             incoming=f'incoming = "{incoming}"' if incoming else "",
             parameters="\n".join(f"{key} = {json.dumps(value)}" for key, value in (parameters or {}).items()),
             attach_timeout_s=attach_timeout_s,
+            config=config,
         )
         self.log_path = self.directory / "daemon.log"
         self.socket = str(self.directory / "run" / "qmp.sock")
@@ -90,11 +93,11 @@ class HoldingSite:
         self._stack.close()
 
     def _start(self) -> None:
-        config = self.directory / "machine.toml"
-        config.write_text(self._config)
+        self.config = self.directory / "machine.toml"
+        self.config.write_text(self._config)
         with self.log_path.open("w") as log:
             self.daemon = self._own(
-                [sys.executable, "-m", "migrated", "--config", str(config)],
+                [sys.executable, "-m", "migrated", "--config", str(self.config)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
         self.qmp = self._stack.enter_context(wait_until(self._connect, f"daemon {self.name} answers"))
