@@ -226,8 +226,20 @@ class TlsChannel(SocketChannel):
         await self._turn.take()
         while (count := self._decrypt(view)) is None:
             await self._more(deadline_s)
+        while 0 < count < len(view) and self._more_now() and (further := self._decrypt(view[count:])):
+            count += further
         self._turn.moved(count)
         return count
+
+    def _more_now(self) -> bool:
+        """Hand OpenSSL what has come; False where nothing has, or what there is means something by itself."""
+        try:
+            count = self._sock.recv_into(self._buffer)
+        except OSError:
+            return False
+        if count:
+            self._feed(count)
+        return bool(count)
 
     async def receive_at_once(
         self, view: memoryview, take: Callable[[int], bool], *, deadline_s: float | None = None

@@ -130,12 +130,16 @@ def test_stop_in_pre_switchover_says_what_to_do(pair: tuple[Site, Site]) -> None
     assert_still_runs(a)
 
 
-def test_a_listener_for_everybody_needs_names(make_site: MakeSite) -> None:
+def test_a_listener_for_everybody_needs_keys_or_names(make_site: MakeSite) -> None:
     site = make_site("B", incoming="defer", module="")
-    with pytest.raises(CommandError, match=r"0\.0\.0\.0.*can be reached from other hosts.*allow = "):
+    with pytest.raises(CommandError, match=r"0\.0\.0\.0.*can be reached from other hosts.*no keys.*migratectl pki"):
         site.qmp.execute("migrate-incoming", {"uri": "tcp:0.0.0.0:0"})
     site.qmp.execute("migrate-incoming", {"uri": "tcp:127.0.0.1:0"})
-    named = make_site("C", incoming='defer"\nallow = ["127.0.0.1"]\n#', module="")
+    clear = '[tls]\nmode = "off"\n'
+    unnamed = make_site("D", incoming="defer", module="", config=clear)
+    with pytest.raises(CommandError, match=r"0\.0\.0\.0.*can be reached from other hosts, in cleartext.*allow = "):
+        unnamed.qmp.execute("migrate-incoming", {"uri": "tcp:0.0.0.0:0"})
+    named = make_site("C", incoming='defer"\nallow = ["127.0.0.1"]\n#', module="", config=clear)
     named.qmp.execute("migrate-incoming", {"uri": "tcp:0.0.0.0:0"})
 
 

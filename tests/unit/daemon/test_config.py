@@ -66,6 +66,12 @@ def test_everything_can_be_said(tmp_path: Path) -> None:
         cpu-throttle-tailslow = true
         [migration.capabilities]
         auto-converge = true
+        [tls]
+        mode = "required"
+        directory = "/keys"
+        [peers]
+        may-send = ["a.example", "10.0.0.7", "fd00::1", "*.lab.example"]
+        may-receive = ["b"]
         [handlers]
         load = ["my.package:register"]
         [workload]
@@ -179,11 +185,29 @@ def test_a_descriptor_has_no_name_before_the_daemon_runs(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("incoming", ["tcp::7400", "tcp:0:7400", "tcp:0.0.0.0:1", "tcp:[::]:1", "tcp:10.0.0.7:1"])
-def test_a_listener_that_others_reach_needs_an_allow_list(tmp_path: Path, incoming: str) -> None:
-    error = refusal(tmp_path, f"[migration]\nincoming = '{incoming}'")
+def test_a_listener_that_others_reach_in_cleartext_needs_an_allow_list(tmp_path: Path, incoming: str) -> None:
+    error = refusal(tmp_path, f"[migration]\nincoming = '{incoming}'\n[tls]\nmode = 'off'")
     assert error.key == "migration.incoming"
     assert "expected a loopback address, or allow" in error.expected
-    assert load(tmp_path, f"[migration]\nincoming = '{incoming}'\nallow = ['10.0.0.8']").migration.allow == ["10.0.0.8"]
+    named = load(tmp_path, f"[migration]\nincoming = '{incoming}'\nallow = ['10.0.0.8']\n[tls]\nmode = 'off'")
+    assert named.migration.allow == ["10.0.0.8"]
+    assert load(tmp_path, f"[migration]\nincoming = '{incoming}'").tls.mode == "auto"  # the keys decide
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "expected"),
+    [
+        ("[tls]\nmode = 'of'", "tls.mode", "expected one of auto, required, off, found 'of'"),
+        ("[tls]\ndirectory = 'pki'", "tls.directory", "expected an absolute path, found 'pki'"),
+        ("[peers]\nmay-send = ['a', '*']", "peers.may-send[1]", "expected a DNS name, an IP address or *.DOMAIN"),
+        ("[peers]\nmay-receive = ['a b']", "peers.may-receive[0]", "found 'a b'"),
+        ("[peers]\nmay-send = ['a']\n[tls]\nmode = 'off'", "peers.may-send", "without TLS nobody proves"),
+    ],
+)
+def test_what_cannot_be_said_of_peers(tmp_path: Path, text: str, key: str, expected: str) -> None:
+    error = refusal(tmp_path, text)
+    assert error.key == key
+    assert expected in error.expected
 
 
 def test_known_keys_are_dotted_and_kebab() -> None:
