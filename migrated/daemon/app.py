@@ -69,8 +69,8 @@ class Daemon:
         config: Config,
         incoming: str | None,
         log: FilteringBoundLogger,
-        inherited: tuple[str, int] | None = None,
-        path: Path | None = None,
+        inherited: tuple[str, int] | None,
+        path: Path,
     ) -> None:
         self._inherited = inherited
         self._config = config
@@ -122,9 +122,8 @@ class Daemon:
 
     async def _wire(self, stack: AsyncExitStack, jobs: asyncio.TaskGroup) -> Migrator:
         config = self._config
-        ownership = Ownership(FileRecordStore(self._state))
+        ownership, lock = Ownership(FileRecordStore(self._state)), IothreadLock()
         settings = Settings(config.capabilities(), config.parameters())
-        lock = IothreadLock()
         registry = SaveVMRegistry(lock)
         outgoing, incoming = Progress(time.monotonic), Progress(time.monotonic)
         relay = _Relay()
@@ -157,24 +156,14 @@ class Daemon:
         self._load_handlers(registry, machine)
         snapshot_jobs = Jobs(jobs.create_task, relay, self._log)
         migrator = Migrator(
-            host,
-            outgoing,
-            incoming,
-            jobs.create_task,
-            snapshot_jobs,
-            allow=config.migration.allow,
-            trust=lambda: self._trust.trust,
+            host, outgoing, incoming, jobs.create_task, snapshot_jobs, config.migration.allow, self._trust.current
         )
         relay.target = migrator.emit
         store = SnapshotStore(self._state / "snapshots")
         store.clear()
         snapshots = SnapshotHost(host, store, hash_content, outgoing, incoming, tool=str(VERSION["package"]))
-        services = Services(
-            migrator,
-            Snapshots(snapshots, snapshot_jobs, lambda: migrator.busy),
-            machine,
-            lambda: self.stop("host-qmp-quit"),
-        )
+        kept = Snapshots(snapshots, snapshot_jobs, lambda: migrator.busy)
+        services = Services(migrator, kept, machine, lambda: self.stop("host-qmp-quit"))
         await self._open_sockets(stack, services, machine, migrator)
         return migrator
 

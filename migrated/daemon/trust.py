@@ -15,8 +15,8 @@ from pathlib import Path
 from structlog.typing import FilteringBoundLogger
 
 from migrated.daemon.config import DEFER, Config, load_config
-from migrated.errors import ConfigError, MigratedError
-from migrated.transport.address import TcpAddress, parse_address
+from migrated.errors import CommandError, ConfigError, MigratedError
+from migrated.transport.address import parse_address
 from migrated.transport.certificate import expiry_warning, format_time
 from migrated.transport.credentials import CA_CERT, load_credentials
 from migrated.transport.trust import Trust
@@ -43,30 +43,31 @@ def build_trust(config: Config, environment: Mapping[str, str] = os.environ) -> 
 
 def check_trust(config: Config) -> None:
     """Raise MigratedError unless this host can start as the configuration says."""
-    trust = build_trust(config)
-    incoming = config.migration.incoming
-    if incoming is None or incoming == DEFER or trust.cleartext or trust.credentials is not None:
+    trust, migration = build_trust(config), config.migration
+    if migration.incoming is None or migration.incoming == DEFER:
         return
-    address = parse_address(incoming)
-    if isinstance(address, TcpAddress) and not address.is_loopback:
-        expected = f"expected a loopback address, or keys ([tls]; {DIRECTORY}), found '{incoming}'"
-        raise ConfigError("[migration] incoming", "", f"{expected}. Next: pair the hosts (migratectl pki init)")
+    try:
+        trust.require_listener(parse_address(migration.incoming), migration.allow)
+    except CommandError as error:
+        raise ConfigError("[migration] incoming", "", str(error)) from error
 
 
 class TrustKeeper:
     """The present trust, and its watch."""
 
-    def __init__(self, config: Config, path: Path | None, log: FilteringBoundLogger) -> None:
+    def __init__(self, config: Config, path: Path, log: FilteringBoundLogger) -> None:
         self._path = path
         self._log = log
         self._announced: dict[str, int | None] = {}
         self.trust = build_trust(config)
         self._say("tls_ready" if self.trust.credentials else "tls_off")
 
+    def current(self) -> Trust:
+        """Return what holds for a connection that is made now."""
+        return self.trust
+
     def reload(self) -> None:
         """Read configuration and keys again; keep what there is if anything is wrong with them."""
-        if self._path is None:
-            return
         try:
             trust = build_trust(load_config(self._path))
         except (MigratedError, OSError) as error:

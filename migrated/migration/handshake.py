@@ -13,6 +13,7 @@ from migrated.migration.host import Host
 from migrated.stream.incoming import IncomingStream
 from migrated.transport.channel import Channel, SocketChannel
 from migrated.transport.tls_problem import TlsProblem
+from migrated.wire.return_path import encode_reason, encode_shut
 from migrated.wire.section import Configuration, parse_preamble, parse_stream_header
 
 PAGE_BITS = 12
@@ -21,9 +22,14 @@ STREAM_BEGIN = b"Q"
 #: The first byte of a TLS connection (RFC 8446, 5.1).
 TLS_HANDSHAKE = 0x16
 SPEAKS_TLS = (
-    f"{TlsProblem.NOT_SPOKEN}: the source speaks TLS, and this daemon has no keys. Next: pair the hosts (migratectl pki),"
-    " or migrate without TLS"
+    f"{TlsProblem.NOT_SPOKEN}: the source speaks TLS, and this daemon has no keys. Next: pair the hosts"
+    " (migratectl pki), or migrate without TLS"
 )
+#: What a source is told that sends its stream in cleartext where TLS is spoken; a QEMU makes nothing of it but its end.
+CLEARTEXT_ANSWER = encode_reason(
+    f"{TlsProblem.CLEARTEXT}: the destination takes machines under TLS only, and this came in cleartext. Next: give the"
+    " source keys ([tls]; migratectl pki issue)"
+) + encode_shut(1)
 
 
 async def begins_stream(channel: Channel, host: Host) -> bool:

@@ -38,6 +38,7 @@ from migrated.model.handover import Event, Hold
 from migrated.model.status import INCOMING, MigrationStatus, StatusCell
 from migrated.stream.incoming import PATIENCE, IncomingStream
 from migrated.transport.channel import Channel
+from migrated.transport.tls_channel import names_of
 from migrated.wire.command import PEER_PING, Command, check_command, parse_ping
 from migrated.wire.postcopy import parse_packaged
 from migrated.wire.section import (
@@ -75,6 +76,8 @@ class IncomingMigration:
         self.touched = False
         """True once memory or devices of this host may have been overwritten."""
         self.peer = channel.peer
+        self.peer_names = names_of(channel)
+        """What the source has proven to be called: a paused migration goes on with that one only."""
         self._link = IncomingLink(channel, host.settings)
         self._announcement = Announcement(host)
         self._take_over = TakeOver(host, self._link, migration_id, autostart)

@@ -14,7 +14,7 @@ from typing import Any
 from migrated.errors import CommandError
 from migrated.migration import report
 from migrated.migration.descriptors import Descriptors
-from migrated.migration.handshake import begins_stream
+from migrated.migration.handshake import CLEARTEXT_ANSWER, begins_stream
 from migrated.migration.host import OPTIONAL_SECTIONS, Emit, Host, require_machine_here
 from migrated.migration.incoming import IncomingMigration
 from migrated.migration.jobs import Jobs
@@ -25,22 +25,17 @@ from migrated.migration.settlement import Settler
 from migrated.model.handover import Event, Hold
 from migrated.model.runstate import RunState
 from migrated.model.status import ENDED, PAUSABLE, POSTCOPY, MigrationStatus, is_running
-from migrated.transport.address import Address, TcpAddress, parse_address
+from migrated.transport.address import Address, parse_address
 from migrated.transport.channel import Channel
 from migrated.transport.dial import dial
 from migrated.transport.listen import Listener, listen
-from migrated.transport.tls_problem import TlsProblem
+from migrated.transport.tls_channel import names_of
 from migrated.transport.trust import Trust
-from migrated.wire.return_path import encode_reason, encode_shut
 
 Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 BUSY = "There's a migration process in progress"
-#: What a `migrated` source is told that sends its stream in cleartext; a QEMU makes nothing of it.
-CLEARTEXT_REFUSED = (
-    f"{TlsProblem.CLEARTEXT}: the destination takes machines under TLS only, and this came in cleartext. Next: give the"
-    " source keys ([tls]; migratectl pki issue)"
-)
+OTHER_HOST = "the paused migration is another host's"
 
 
 class Migrator:
@@ -215,29 +210,13 @@ class Migrator:
         Raises CommandError for an address that strangers can reach while nobody can be told from a stranger.
         """
         address = parse_address(uri)
-        trust = self._trust()
-        if isinstance(address, TcpAddress) and not address.is_loopback and trust.credentials is None:
-            if not trust.cleartext:
-                raise CommandError(
-                    f"{address} can be reached from other hosts, and there are no keys to know peers by. Next: pair the"
-                    " hosts (migratectl pki init), or listen on a loopback address"
-                )
-            if not self._allow:
-                raise CommandError(
-                    f"{address} can be reached from other hosts, in cleartext. Next: name those that may connect in the"
-                    ' configuration ([migration] allow = ["10.0.0.7", ...]), or listen on a loopback address'
-                )
+        self._trust().require_listener(address, self._allow)
         self._opening = True  # opening takes its time, and a second listener would let a second machine in
         try:
             self._listener = await listen(
-                address,
-                self._receive,
-                allow=self._allow,
-                fds=self._descriptors.take,
-                second=self._take_second,
-                trust=self._trust,
-                cleartext_answer=encode_reason(CLEARTEXT_REFUSED) + encode_shut(1),
-            )
+                address, self._receive, allow=self._allow, fds=self._descriptors.take, second=self._take_second,
+                trust=self._trust, cleartext_answer=CLEARTEXT_ANSWER,
+            )  # fmt: skip
         finally:
             self._opening = False
         self._host.log.info("waiting_for_machine", addresses=self._listener.addresses)
@@ -257,13 +236,15 @@ class Migrator:
 
     async def _receive(self, channel: Channel) -> None:
         waiting = self._incoming if self._incoming is not None and self._waits(self._incoming) else None
+        if waiting is not None and names_of(channel) != waiting.peer_names:
+            self._refuse(channel, OTHER_HOST)
+            return
         if waiting is not None and waiting.postcopy.paused and not await begins_stream(channel, self._host):
             waiting.postcopy.resume(channel)
             await waiting.postcopy.released.wait()
             return
         if waiting is None and (self.busy or self._jobs.active is not None):
-            self._host.log.warning("connection_refused", peer=channel.peer, reason=BUSY)
-            channel.abort()
+            self._refuse(channel, BUSY)
             return
         incoming = IncomingMigration(
             self._host,
@@ -292,6 +273,10 @@ class Migrator:
     def _waits(incoming: IncomingMigration) -> bool:
         """True for a migration that another connection may be about."""
         return incoming.postcopy.paused or incoming.waits_for_word
+
+    def _refuse(self, channel: Channel, reason: str) -> None:
+        self._host.log.warning("connection_refused", peer=channel.peer, reason=reason)
+        channel.abort()
 
     # -- the machine -------------------------------------------------------------------------------------------
 

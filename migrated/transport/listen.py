@@ -29,7 +29,7 @@ from migrated.transport.door import Door
 from migrated.transport.file import open_file
 from migrated.transport.pipe import run_to_read
 from migrated.transport.readiness import Readiness
-from migrated.transport.tls_channel import TlsChannel
+from migrated.transport.tls_channel import TlsChannel, names_of
 from migrated.transport.trust import Trust
 from migrated.transport.unix_path import release_path
 
@@ -149,7 +149,7 @@ class Listener:
         if not self.busy:
             self.busy = True
             group.create_task(self._handle(channel))
-        elif _names(channel) == self._names and self._second(channel):
+        elif names_of(channel) == self._names and self._second(channel):
             self._log.info("second_channel", peer=channel.peer)
         else:
             self._log.warning("connection_refused", peer=channel.peer, reason=BUSY)
@@ -168,7 +168,7 @@ class Listener:
         try:
             if channel is self._single and isinstance(channel, TlsChannel) and not await self._door.admit(channel):
                 return
-            self._names = _names(channel)
+            self._names = names_of(channel)
             self._log.info("incoming_channel", peer=channel.peer, certificate=", ".join(self._names) or None)
             await self._on_channel(channel)
         except Exception:  # noqa: BLE001 - the top of a job: a bug in one must not end the listener
@@ -221,12 +221,6 @@ async def listen(
     listener = Listener(address, on_channel, parse_allow(allow), second, trust, cleartext_answer, log)
     await listener.open(fds)
     return listener
-
-
-def _names(channel: Channel) -> tuple[str, ...]:
-    """Return what a peer has proven to be called."""
-    certificate = channel.certificate if isinstance(channel, TlsChannel) else None
-    return certificate.names if certificate is not None else ()
 
 
 def parse_allow(allow: Sequence[str]) -> list[Network]:

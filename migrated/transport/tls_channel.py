@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 
 from migrated.errors import ChannelClosed, ChannelError, TlsError
 from migrated.transport.certificate import Certificate, parse_der
-from migrated.transport.channel import Buffer, SocketChannel
+from migrated.transport.channel import Buffer, Channel, SocketChannel
 from migrated.transport.credentials import ALPN, ALPN_CHECK, Connection
 from migrated.transport.tls_problem import Encounter, TlsProblem, explain, is_other_protocol
 from migrated.transport.trust import Trust
@@ -365,6 +365,12 @@ class TlsChannel(SocketChannel):
         finally:
             self._shut_down_socket()
             await super().close()
+
+
+def names_of(channel: Channel) -> tuple[str, ...]:
+    """Return what a peer has proven to be called; () where it has proven nothing."""
+    certificate = channel.certificate if isinstance(channel, TlsChannel) else None
+    return certificate.names if certificate is not None else ()
 
 
 def _ended_early(error: Exception, name: str | None) -> str:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from migrated.errors import TlsError
+from migrated.errors import CommandError, TlsError
+from migrated.transport.address import Address, TcpAddress
 from migrated.transport.certificate import Certificate, name_is_listed
 from migrated.transport.credentials import Credentials
 from migrated.transport.tls_problem import TlsProblem
@@ -36,6 +38,21 @@ class Trust:
             f"{TlsProblem.NOT_ALLOWED}: the certificate {certificate} is good, but none of its names is in [peers]"
             f" {key} ({', '.join(listed)})"
         )
+
+    def require_listener(self, address: Address, allow: Sequence[str]) -> None:
+        """Raise CommandError unless machines may be awaited here: who comes must be known, or named in ``allow``."""
+        if not isinstance(address, TcpAddress) or address.is_loopback or self.credentials is not None:
+            return
+        if not self.cleartext:
+            raise CommandError(
+                f"{address} can be reached from other hosts, and there are no keys to know peers by. Next: pair the"
+                " hosts (migratectl pki init), or listen on a loopback address"
+            )
+        if not allow:
+            raise CommandError(
+                f"{address} can be reached from other hosts, in cleartext. Next: name those that may connect in the"
+                ' configuration ([migration] allow = ["10.0.0.7", ...]), or listen on a loopback address'
+            )
 
     def require_cleartext(self, sock: socket.socket, peer: str) -> None:
         """Raise TlsError unless cleartext may go over this connected socket."""

@@ -9,7 +9,6 @@ import shlex
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,21 +35,19 @@ def shown_in_readme() -> list[list[str]]:
 
 
 @pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+def hosts(tmp_path: Path) -> tuple[Path, Path]:
     """Run what README shows, in directories instead of on hosts; return where the keys of both are."""
-    for at, words in enumerate(shown_in_readme()):
+    a, b = tmp_path / "a", tmp_path / "b"
+    for shown in shown_in_readme():
+        words = [re.sub(r"10\.0\.0\.[78]", "127.0.0.1", word).replace("/etc/migrated", str(a)) for word in shown]
         if words[0] == "scp":
-            source, target = words[-2:]
-            assert target == "host-b:/etc/migrated/pki"
-            words = ["cp", "-r", source, str(tmp_path / "b")]
-        words = [word.replace("/etc/migrated", str(tmp_path / "a")) for word in words]
-        words = [word.replace("10.0.0.7", "127.0.0.1").replace("10.0.0.8", "127.0.0.1") for word in words]
-        if words[0] == "migratectl":
-            words[:1] = [sys.executable, "-m", "migrated.cli.app"]
-            words += ["--ca", str(tmp_path / "a" / "ca")]
-            words += ["--out", str(tmp_path / "a" / "pki")] if at == 0 else []
-        subprocess.run(words, check=True, timeout=50, capture_output=True)
-    yield tmp_path / "a" / "pki", tmp_path / "b"
+            assert shown[-1] == "host-b:/etc/migrated/pki"
+            command = ["cp", "-r", words[-2], str(b)]
+        else:
+            command = [sys.executable, "-m", "migrated.cli.app", *words[1:], "--ca", str(a / "ca")]
+            command += ["--out", str(a / "pki")] if "init" in words else []
+        subprocess.run(command, check=True, timeout=50, capture_output=True)
+    return a / "pki", b
 
 
 def test_three_commands_pair_two_hosts(hosts: tuple[Path, Path], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Two real daemons that prove to each other who they are; whatever is wrong is said on both sides, and nothing moves."""
+"""Two real daemons prove to each other who they are; whatever is wrong is said on both sides, and nothing moves."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ from tests.support.holding_site import HoldingSite, MakeSite
 from tests.support.keys import Keys, tls
 from tests.support.qemu import BLOCK, MakeQemu, Qemu
 
-
 #: Precopy would take minutes with the first, so that it never ends by itself.
 SLOW_BPS = 64 << 10
 TRICKLE_BPS = 16 << 10
@@ -60,7 +59,7 @@ def test_from_a_qemu(make_site: MakeSite, make_qemu: MakeQemu, keys: Keys) -> No
 
 
 def speak_postcopy(*sides: HoldingSite | Qemu) -> None:
-    """Have the first, the source, begin by precopy that would take minutes. With a second connection, for requested pages, that has a handshake of its own."""
+    """Have the source, the first, begin slowly; requested pages get a connection, and a handshake, of their own."""
     for side in sides:
         for name in ("postcopy-ram", "postcopy-preempt"):
             side.capability(name)

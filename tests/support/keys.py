@@ -32,9 +32,9 @@ class Keys:
         issue(self.authority, directory, name, names or LOCAL, replace=replace, validity=validity)
         return directory
 
-    def trust(self, name: str, **lists: tuple[str, ...]) -> Trust:
+    def trust(self, name: str) -> Trust:
         """Return what a host with good keys, made now, trusts."""
-        return Trust(load_credentials(self.host(name)), **lists)
+        return Trust(load_credentials(self.host(name)))
 
 
 def tls(directory: Path, more: str = "") -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import random
 import select
 import socket
@@ -223,7 +224,7 @@ async def test_what_arrives_is_taken_where_it_arrives(trust: Trust) -> None:
     receiving = asyncio.create_task(far.receive_at_once(view, take))
     for part in (b"one", b"two", b"three."):
         await near.send(part)
-        await until(lambda part=part: taken.endswith(part))
+        await until(functools.partial(taken.endswith, part))
     assert await receiving == 6
     # What was received with other bytes, and makes no socket readable any more, is taken as well.
     await near.send(b"a")
@@ -327,7 +328,7 @@ async def visited(trust: Trust, speak: Callable[[socket.socket], None]) -> str:
         with pytest.raises(TlsError) as refused:
             await channel.authenticate()
         channel.abort()
-        with pytest.raises(OSError, match="."):
+        with pytest.raises(OSError):  # noqa: PT011 - how, is the other library's business
             await speaking
     return str(refused.value)
 
