@@ -165,8 +165,11 @@ def test_capabilities() -> None:
 
 def test_parameters() -> None:
     documented = {name: cells[:2] for name, cells in table("operator-guide.md", "Parameters").items()}
+    kinds = {bool: "switch", str: "text"}
     assert documented == {
-        row.name: [row.unit or "switch", shown(row.default)] for row in PARAMETERS.values() if row.implemented
+        row.name: [row.unit or kinds[type(row.default)], shown(row.default)]
+        for row in PARAMETERS.values()
+        if row.implemented
     }
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from migrated.errors import ChannelClosed, ChannelTimeout, TlsError
+from migrated.transport import credentials
 from migrated.transport.channel import SocketChannel
 from migrated.transport.credentials import Credentials
 from migrated.transport.tls_channel import BATCH_BYTES, TlsChannel
@@ -247,8 +248,6 @@ def days(keys: Keys, name: str, begins_in_days: float, count: float) -> Trust:
 
 def unchecked(directory: Path) -> Credentials:
     """Load keys as a daemon has them that has been running since they were good."""
-    from migrated.transport import credentials  # noqa: PLC0415
-
     authority = credentials.read_certificate(directory / "ca-cert.pem")
     server, client = (credentials._endpoint(directory, role, "server") for role in ("server", "client"))
     client.handshake.check_hostname = True
