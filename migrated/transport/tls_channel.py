@@ -28,7 +28,7 @@ from migrated.transport.tls_problem import Encounter, TlsProblem, explain, is_ot
 from migrated.transport.trust import Trust
 
 #: What is encrypted, or received, at a time. Fits the processor's second cache; larger ones gained nothing.
-BATCH_BYTES = int(__import__("os").environ.get("TX","64")) << 10
+BATCH_BYTES = 256 << 10
 #: A TLS record holds at most this much.
 RECORD_BYTES = 16 << 10
 #: Before the peer is known it gets no more than this.
