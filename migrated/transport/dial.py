@@ -13,7 +13,7 @@ import stat
 from collections.abc import Callable
 from typing import Any, assert_never
 
-from migrated.errors import ChannelClosed, ChannelTimeout
+from migrated.errors import ChannelClosed, ChannelTimeout, TlsError
 from migrated.transport.address import (
     Address,
     ExecAddress,
@@ -28,6 +28,7 @@ from migrated.transport.file import open_file, wrap_file
 from migrated.transport.pipe import PipeChannel, run_to_write
 from migrated.transport.readiness import Readiness
 from migrated.transport.tls_channel import TlsChannel
+from migrated.transport.tls_problem import TlsProblem
 from migrated.transport.trust import Trust
 
 #: Where nobody says whom to trust: the caller has seen to it, or the socket does not leave this host.
@@ -86,14 +87,16 @@ def secured(sock: socket.socket, peer: str, trust: Trust, name: str | None) -> S
 
     A Unix socket is this host's own affair and stays cleartext. ``name`` as of `TlsChannel`.
     """
-    if trust.credentials is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
-        return TlsChannel(sock, peer, trust, name)
     try:
+        if trust.credentials is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+            return TlsChannel(sock, peer, trust, name)
         trust.require_cleartext(sock, peer)
-    except BaseException:
+        return SocketChannel(sock, peer)
+    except BaseException as error:
         sock.close()
+        if isinstance(error, ValueError):
+            raise TlsError(TlsProblem.NAME, f"'{name}' can be no certificate's name: {error}", peer=peer) from error
         raise
-    return SocketChannel(sock, peer)
 
 
 async def channel_of_fd(fd: int, peer: str, *, writes: bool, trust: Trust, name: str = "") -> Channel:

@@ -132,7 +132,7 @@ class Listener:
                 continue
             try:
                 channel = secured(sock, peer, self._trust(), None)
-            except ChannelError as error:
+            except (ChannelError, OSError) as error:
                 self._log.warning("connection_refused", peer=peer, reason=str(error))
                 continue
             if isinstance(channel, TlsChannel):
@@ -141,8 +141,12 @@ class Listener:
                 await self._take(channel, group)
 
     async def _admit(self, channel: TlsChannel, group: asyncio.TaskGroup) -> None:
-        if await self._door.admit(channel):
-            await self._take(channel, group)
+        try:
+            if await self._door.admit(channel):
+                await self._take(channel, group)
+        except Exception:  # noqa: BLE001 - the top of a job: a bug here must not end the listener
+            self._log.exception("incoming_channel_bug", peer=channel.peer)
+            channel.abort()
 
     async def _take(self, channel: SocketChannel, group: asyncio.TaskGroup) -> None:
         """Hand over a channel whose peer may come, now or as the second of the one that is here."""

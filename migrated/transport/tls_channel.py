@@ -8,7 +8,7 @@ OpenSSL works between two buffers in memory, and the socket is read and written 
 each record (16 KiB) a third of the throughput was lost. Everything happens on the event loop, a quarter of a
 millisecond at a time: the other core belongs to the other end.
 
-Between two daemons the accepting side has the first word: one byte 0, or a length and the reason of a refusal. In TLS
+Between two daemons the accepting side has the first word: be16 0, or the length of a refusal's reason and that. In TLS
 1.3 a client is through with its handshake before anybody has looked at its certificate, so it waits for that word.
 """
 
@@ -33,9 +33,8 @@ BATCH_BYTES = 256 << 10
 RECORD_BYTES = 16 << 10
 #: Before the peer is known it gets no more than this.
 UNKNOWN_PEER_BYTES = 4 << 10
-#: The reason of a refusal has its length in one byte.
-REASON_MAX_BYTES = 255
-_WELCOME = b"\0"
+#: A certificate's text and what is wrong with it; nobody is asked to hold more for a refusal.
+REASON_MAX_BYTES = 1024
 
 
 class TlsChannel(SocketChannel):
@@ -81,6 +80,8 @@ class TlsChannel(SocketChannel):
             raise self._encounter().error(TlsProblem.NOT_SPOKEN, _ended_early(error, self._name)) from error
         except ssl.SSLError as error:
             raise self._explained(error) from error
+        except ValueError as error:  # OpenSSL took it, and yet it cannot be read
+            raise self._encounter().error(TlsProblem.FAILED, f"its certificate cannot be read: {error}") from error
         self.bytes_sent = self.bytes_received = 0  # the stream's are counted, and it begins here
         self._buffer = memoryview(bytearray(BATCH_BYTES))
         self._tls.context = self._endpoint.quiet
@@ -112,17 +113,18 @@ class TlsChannel(SocketChannel):
             refusal = await self._hear_verdict()
         elif self._name is None and self._speaks_ours:
             reason = (refusal or "").encode()[:REASON_MAX_BYTES]
-            await self.send(bytes([len(reason)]) + reason)
+            await self.send(len(reason).to_bytes(2, "big") + reason)
         if refusal is not None:
             problem, _, what = refusal.partition(": ")
             self.shutdown_write()
             raise TlsError(problem, what, peer=self.peer)
 
     async def _hear_verdict(self) -> str | None:
-        length = await self._hear(1)
-        if length == _WELCOME:
+        length = int.from_bytes(await self._hear(2), "big")
+        if not length:
             return None
-        problem, _, reason = (await self._hear(length[0])).decode(errors="replace").partition(": ")
+        reason_bytes = await self._hear(min(length, REASON_MAX_BYTES))
+        problem, _, reason = reason_bytes.decode(errors="replace").partition(": ")
         readable = "".join(letter if letter.isprintable() else "?" for letter in reason)
         return f"{problem if problem in set(TlsProblem) else TlsProblem.REFUSED}: the other side says: {readable}"
 

@@ -34,10 +34,8 @@ class Trust:
         listed, key = (self.may_send, "may-send") if sends else (self.may_receive, "may-receive")
         if not listed or name_is_listed(certificate.names, listed):
             return None
-        return (
-            f"{TlsProblem.NOT_ALLOWED}: the certificate {certificate} is good, but none of its names is in [peers]"
-            f" {key} ({', '.join(listed)})"
-        )
+        what = f"the certificate {certificate} is good, but none of its names is in [peers] {key}"
+        return f"{TlsProblem.NOT_ALLOWED}: {what}"
 
     def require_listener(self, address: Address, allow: Sequence[str]) -> None:
         """Raise CommandError unless machines may be awaited here: who comes must be known, or named in ``allow``."""

@@ -299,12 +299,13 @@ async def test_a_host_that_is_not_on_the_list(sends: bool, keys: Keys, trust: Tr
         picky = Trust(trust.credentials, may_send=("a", "*.example.org"))
         told, says = await outcomes(strangers(trust, picky))
         assert told.startswith("TLS-NOT-ALLOWED: the other side says: the certificate 'host' (for host, 127.0.0.1")
-        assert "none of its names is in [peers] may-send (a, *.example.org)" in says
+        assert "none of its names is in [peers] may-send (peer far:1" in told
+        assert "none of its names is in [peers] may-send" in says
     else:
         picky = Trust(trust.credentials, may_receive=("b",))
         pair = strangers(picky, trust)
         found = await asyncio.gather(*(channel.authenticate() for channel in pair), return_exceptions=True)
-        assert "none of its names is in [peers] may-receive (b)" in str(found[0])
+        assert "none of its names is in [peers] may-receive" in str(found[0])
         await end(pair)
     near, far = await met(trust, Trust(trust.credentials, may_send=("HOST",)))
     await end((near, far))
