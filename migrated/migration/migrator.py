@@ -236,15 +236,14 @@ class Migrator:
 
     async def _receive(self, channel: Channel) -> None:
         waiting = self._incoming if self._incoming is not None and self._waits(self._incoming) else None
-        if waiting is not None and names_of(channel) != waiting.peer_names:
-            self._refuse(channel, OTHER_HOST)
+        busy = waiting is None and (self.busy or self._jobs.active is not None)
+        if busy or (waiting is not None and names_of(channel) != waiting.peer_names):
+            self._host.log.warning("connection_refused", peer=channel.peer, reason=BUSY if busy else OTHER_HOST)
+            channel.abort()
             return
         if waiting is not None and waiting.postcopy.paused and not await begins_stream(channel, self._host):
             waiting.postcopy.resume(channel)
             await waiting.postcopy.released.wait()
-            return
-        if waiting is None and (self.busy or self._jobs.active is not None):
-            self._refuse(channel, BUSY)
             return
         incoming = IncomingMigration(
             self._host,
@@ -273,10 +272,6 @@ class Migrator:
     def _waits(incoming: IncomingMigration) -> bool:
         """True for a migration that another connection may be about."""
         return incoming.postcopy.paused or incoming.waits_for_word
-
-    def _refuse(self, channel: Channel, reason: str) -> None:
-        self._host.log.warning("connection_refused", peer=channel.peer, reason=reason)
-        channel.abort()
 
     # -- the machine -------------------------------------------------------------------------------------------
 
