@@ -162,8 +162,8 @@ class Daemon:
         store = SnapshotStore(self._state / "snapshots")
         store.clear()
         snapshots = SnapshotHost(host, store, hash_content, outgoing, incoming, tool=str(VERSION["package"]))
-        kept = Snapshots(snapshots, snapshot_jobs, lambda: migrator.busy)
-        services = Services(migrator, kept, machine, lambda: self.stop("host-qmp-quit"))
+        shots = Snapshots(snapshots, snapshot_jobs, lambda: migrator.busy)
+        services = Services(migrator, shots, machine, lambda: self.stop("host-qmp-quit"))
         await self._open_sockets(stack, services, machine, migrator)
         return migrator
 
