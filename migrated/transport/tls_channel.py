@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 
 from migrated.errors import ChannelClosed, ChannelError, TlsError
 from migrated.transport.certificate import Certificate, parse_der
-from migrated.transport.channel import Buffer, Channel, SocketChannel
+from migrated.transport.channel import RECEIVE_MAX_BYTES, Buffer, Channel, SocketChannel
 from migrated.transport.credentials import ALPN, ALPN_CHECK, Connection
 from migrated.transport.tls_problem import Encounter, TlsProblem, explain, is_other_protocol
 from migrated.transport.trust import Trust
@@ -226,8 +226,10 @@ class TlsChannel(SocketChannel):
 
     async def receive_into(self, view: memoryview, *, deadline_s: float | None = None) -> int:
         await self._turn.take()
+        view = view[:RECEIVE_MAX_BYTES]
         while (count := self._decrypt(view)) is None:
             await self._more(deadline_s)
+        # Whoever takes it apart has the same work for little as for much.
         while 0 < count < len(view) and self._more_now() and (further := self._decrypt(view[count:])):
             count += further
         self._turn.moved(count)

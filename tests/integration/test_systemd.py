@@ -62,6 +62,13 @@ def test_a_machine_moves_between_sandboxed_daemons(seen: dict[str, Any]) -> None
     assert (left["steps"], left["hash"]) == (arrived["at"], arrived["hash"])
 
 
+def test_a_reload_reaches_the_daemon_and_ends_nothing(seen: dict[str, Any]) -> None:
+    for unit in UNITS:
+        started, reloaded = of(seen, "started")[unit], of(seen, "after-reload")[unit]
+        assert (reloaded["MainPID"], reloaded["SubState"]) == (started["MainPID"], "running")
+    assert seen["journal"].count('"event":"reloaded"') + seen["journal"].count('"event": "reloaded"') == len(UNITS)
+
+
 def test_the_status_line(seen: dict[str, Any]) -> None:
     assert of(seen, "running")["StatusText"] == "resume"
 

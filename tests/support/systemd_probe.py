@@ -149,6 +149,8 @@ def main(path: str) -> None:
         seen["started"] = {unit: show(unit) for unit in UNITS}
         seen["process"] = {unit: status_of(one["MainPID"]) for unit, one in seen["started"].items()}
         walker = migrate(seen)
+        systemctl("reload", *UNITS)
+        seen["after-reload"] = {unit: show(unit) for unit in UNITS}
         unit, machine = list(UNITS.items())[1]
         hang(unit, machine, walker, seen)
         own_workload(seen)
