@@ -36,7 +36,9 @@ class Door:
     async def admit(self, channel: TlsChannel) -> bool:
         """Wait until ``channel`` has proven who is there; False where it did not, and is closed."""
         if len(self._waiting) >= MAX_STRANGERS:
-            next(iter(self._waiting)).abort()
+            oldest = next(iter(self._waiting))
+            del self._waiting[oldest]
+            oldest.abort()
         self._waiting[channel] = None
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -45,12 +47,15 @@ class Door:
             self._refuse(channel, ChannelTimeout(f"it had not proven who it is within {self._timeout_s:g} s"))
         except ChannelError as error:
             self._refuse(channel, error)
+        except BaseException:
+            channel.abort()
+            raise
         else:
             if not channel.only_asks:
                 return True
             self._log.info("peer_checked", peer=channel.peer, certificate=str(channel.certificate))
         finally:
-            del self._waiting[channel]
+            self._waiting.pop(channel, None)
         with contextlib.suppress(ChannelError):
             await channel.close()
         return False

@@ -151,7 +151,7 @@ class Listener:
     async def _take(self, channel: SocketChannel, group: asyncio.TaskGroup) -> None:
         """Hand over a channel whose peer may come, now or as the second of the one that is here."""
         if not self.busy:
-            self.busy = True
+            self.busy, self._names = True, names_of(channel)
             group.create_task(self._handle(channel))
         elif names_of(channel) == self._names and self._second(channel):
             self._log.info("second_channel", peer=channel.peer)
