@@ -5,7 +5,7 @@ when the peer said so (close_notify). A QEMU never says it: where the peer is no
 is without TLS.
 
 OpenSSL works between two buffers in memory, and the socket is read and written in large pieces: with a system call for
-each record (16 KiB) a third of the throughput was lost. Everything happens on the event loop, a quarter of a
+each record (16 KiB) a quarter of the throughput was lost. Everything happens on the event loop, a quarter of a
 millisecond at a time: the other core belongs to the other end.
 
 Between two daemons the accepting side has the first word: be16 0, or the length of a refusal's reason and that. In TLS
