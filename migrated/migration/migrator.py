@@ -207,10 +207,9 @@ class Migrator:
     async def open_listener(self, uri: str) -> None:
         """Listen for machines on ``uri``. A machine that comes while one runs here is refused with the reason.
 
-        Raises CommandError for an address that strangers can reach while nobody can be told from a stranger.
+        Raises CommandError, also where strangers could come, and nobody could tell.
         """
-        address = parse_address(uri)
-        self._trust().require_listener(address, self._allow)
+        self._trust().require_listener(address := parse_address(uri), self._allow)
         self._opening = True  # opening takes its time, and a second listener would let a second machine in
         try:
             self._listener = await listen(
