@@ -8,6 +8,7 @@ table does not exist; one that QEMU has and this version lacks is named in `NOT_
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -25,11 +26,14 @@ from migrated.control.settings import (
     MigrationCapabilityStatus,
     MigrationParameters,
 )
-from migrated.errors import CommandError
+from migrated.errors import ArgumentError, CommandError
 from migrated.model.runstate import RunState
 
 VERSION: Final[dict[str, object]] = {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": "migrated 0.1.0"}
 """The QEMU version is the dialect spoken, on this socket and on the wire; the package is what really runs."""
+
+REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+"""It becomes the migration's id, and stands in records and logs."""
 
 NIL_UUID: Final = "00000000-0000-0000-0000-000000000000"
 
@@ -107,8 +111,15 @@ async def _quit(call: Call, _: shapes.NoArguments) -> object:
 async def _migrate(call: Call, arguments: shapes.MigrateArguments) -> object:
     if arguments.blk or arguments.inc:
         raise CommandError("Block migration ('blk', 'inc') is not implemented by this version of migrated")
-    await call.services.migrator.migrate(arguments.uri, resume=arguments.resume)
+    request_id = arguments.x_migrated_request_id
+    if request_id and not REQUEST_ID.fullmatch(request_id):
+        raise ArgumentError("Parameter 'x-migrated-request-id' expects 1 to 64 letters, digits, '.', '_' or '-'")
+    await call.services.migrator.migrate(arguments.uri, resume=arguments.resume, request_id=request_id)
     return {}
+
+
+async def _preflight(call: Call, arguments: shapes.UriArguments) -> object:
+    return await call.services.migrator.preflight(arguments.uri)
 
 
 async def _migrate_cancel(call: Call, _: shapes.NoArguments) -> object:
@@ -266,6 +277,7 @@ _ROWS = (
     Command("job-dismiss", _job_dismiss, shapes.JobArguments),
     Command("getfd", _getfd, shapes.FdNameArguments),
     Command("closefd", _closefd, shapes.FdNameArguments),
+    Command("x-migrated-preflight", _preflight, shapes.UriArguments, result=shapes.PreflightInfo),
     Command("x-migrated-release", _release),
     Command("x-migrated-resolve", _resolve, shapes.ResolveArguments),
     Command("x-migrated-query-ownership", _query_ownership, result=shapes.OwnershipInfo),

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from migrated.error_ids import Fault
 from migrated.model.job import JobStatus, JobType
 from migrated.model.runstate import RunState
 from migrated.model.status import MigrationStatus
@@ -46,6 +47,8 @@ class MigrateArguments(Shape, frozen=True):
     inc: bool = False
     detach: bool = False
     resume: bool = False
+    x_migrated_request_id: str = ""
+    """The same id twice is one migration."""
 
 
 class UriArguments(Shape, frozen=True):
@@ -227,6 +230,41 @@ class PeerInfo(Shape, frozen=True):
     kind: PeerKind
 
 
+class ErrorInfo(Shape, frozen=True):
+    """What is known of an error besides its text; also in the error of a command that was refused."""
+
+    id: str
+    fault: Fault
+    phase: str
+    known: str
+    next_step: str
+
+
+class BlockerInfo(Shape, frozen=True):
+    """One thing that stands in the way of a migration, or, with ``warning``, only should be looked at."""
+
+    id: str
+    side: str
+    text: str
+    next_step: str
+    warning: bool
+
+
+class DestinationInfo(Shape, frozen=True):
+    name: str
+    tool: str
+
+
+class PreflightInfo(Shape, frozen=True):
+    """What both sides say before anything moves."""
+
+    ready: bool
+    checked: list[str]
+    blockers: list[BlockerInfo]
+    peer: PeerInfo
+    destination: DestinationInfo | UnsetType = UNSET
+
+
 class LatencyInfo(Shape, frozen=True):
     """Latencies of one class of faults; bucket N counts those in [2^N, 2^(N+1)) microseconds."""
 
@@ -269,6 +307,8 @@ class MigrationInfo(Shape, frozen=True):
     x_migrated_outcome: MigrationOutcome | UnsetType = UNSET
     x_migrated_migration_id: str | UnsetType = UNSET
     x_migrated_peer: PeerInfo | UnsetType = UNSET
+    x_migrated_error: ErrorInfo | UnsetType = UNSET
+    x_migrated_blockers: list[BlockerInfo] | UnsetType = UNSET
 
 
 class OwnershipInfo(Shape, frozen=True):

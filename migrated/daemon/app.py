@@ -31,6 +31,7 @@ from migrated.daemon.lock import StateLock
 from migrated.daemon.log import configure_log
 from migrated.daemon.notify import Notifier
 from migrated.daemon.record import FileRecordStore
+from migrated.daemon.site import HostSite
 from migrated.daemon.workload_command import WorkloadCommand
 from migrated.devices.attached import register_device, unregister_device
 from migrated.devices.global_state import register_global_state
@@ -149,6 +150,7 @@ class Daemon:
             global_state=register_global_state(registry),
             kept=KeptSections(registry),
             settings=settings,
+            site=HostSite(self._state, self._runtime, machine.ram_blocks, str(VERSION["package"])),
             completeness=[load.check_complete],
             postcopy_save=save,
             postcopy_load=load,
@@ -275,12 +277,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         inherited = take_inherited(incoming)
         uvloop.run(_serve(config, incoming, log, inherited))
     except ConfigError as error:
-        log.error("cannot_start", error=str(error))
+        log.error("cannot_start", error=str(error), error_id=id_of(error))
         return EXIT_CONFIG
     except (MigratedError, OSError) as error:
-        log.error("cannot_start", error=str(error))
+        log.error("cannot_start", error=str(error), error_id=id_of(error))
         return EXIT_FAILURE
     return 0
+
+
+def id_of(error: MigratedError | OSError) -> str:
+    """Return the id of whatever keeps a daemon from starting."""
+    return error.error_id if isinstance(error, MigratedError) else "host-io"
 
 
 async def _serve(

@@ -10,10 +10,26 @@ import asyncio
 
 from migrated.errors import RemoteProtocolError
 from migrated.migration.host import Host
+from migrated.migration.return_path import FIRST_PING, PeerKind, ReturnPathReader
 from migrated.stream.incoming import IncomingStream
+from migrated.stream.outgoing import OutgoingStream
+from migrated.wire.command import PEER_PING, Command, ping_payload
 from migrated.wire.section import Configuration, parse_preamble, parse_stream_header
 
 PAGE_BITS = 12
+
+
+async def greet(f: OutgoingStream, return_path: ReturnPathReader | None, host: Host) -> PeerKind:
+    """Write how a stream begins, and find out who is there. Raises what `wait_kind` raises."""
+    f.put_preamble(own_configuration(host))
+    if return_path is None:
+        await f.drain()
+        return PeerKind.UNKNOWN
+    f.put_command(Command.OPEN_RETURN_PATH)
+    f.put_command(Command.PING, ping_payload(PEER_PING))
+    f.put_command(Command.PING, ping_payload(FIRST_PING))
+    await f.drain()
+    return await return_path.wait_kind(host.settings.silence_timeout_s())
 
 
 def own_configuration(host: Host) -> Configuration:

@@ -6,18 +6,18 @@ The rule of the file: only contracts (savevm) and callbacks; the composition roo
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from structlog.typing import FilteringBoundLogger
 
-from migrated.errors import CommandError
+from migrated.errors import CommandError, MigratedError
 from migrated.migration.ownership import Hold, Ownership
 from migrated.model.parameters import Capabilities, Parameters
 from migrated.model.runstate import RunState
 from migrated.savevm.iothread_lock import IothreadLock
-from migrated.savevm.ports import MachinePort, PostcopyLoadPort, PostcopySavePort
+from migrated.savevm.ports import MachinePort, PostcopyLoadPort, PostcopySavePort, RamBlockPort
 from migrated.savevm.registry import SaveVMRegistry
 from migrated.stream.incoming import IncomingStream
 from migrated.wire.section import SectionHeader
@@ -46,6 +46,33 @@ class KeptSectionsPort(Protocol):
     def known_to_qemu(self) -> list[str]: ...
 
 
+class SitePort(Protocol):
+    """The host that a daemon runs on, as far as a migration must know it beforehand."""
+
+    tool: str
+    """Name and version of this program."""
+
+    def clock_ms(self) -> int:
+        """Return the wall clock, in ms since the epoch: to be compared, never to measure time."""
+        ...
+
+    def used_bytes(self, block: RamBlockPort) -> int:
+        """Return how much of a block is not a hole."""
+        ...
+
+    def free_bytes(self) -> int:
+        """Return how much memory an arriving machine can have, without what others have reserved."""
+        ...
+
+    def reserve(self, size_bytes: int) -> None:
+        """Have others on this host keep away from that much memory, for a limited time; 0 ends it."""
+        ...
+
+    def record_obstacles(self) -> list[MigratedError]:
+        """Return what stands against writing the ownership record."""
+        ...
+
+
 @dataclass(slots=True)
 class Settings:
     """Capabilities and parameters as they are now; values are replaced, never changed in place."""
@@ -60,6 +87,15 @@ class Settings:
     def enabled(self, capability: str) -> bool:
         """Return whether a capability is on."""
         return bool(self.capabilities.get(capability))
+
+    def copy(self) -> Settings:
+        """Return settings of one migration, which begin as these."""
+        return Settings(self.capabilities, self.parameters)
+
+    def adopt(self, capabilities: Mapping[str, bool], parameters: Mapping[str, object]) -> None:
+        """Do as the source does. Raises CommandError for what is unknown here."""
+        self.capabilities = self.capabilities.replace(capabilities)
+        self.parameters = self.parameters.replace(parameters)
 
     def silence_timeout_s(self) -> float:
         """Return how long a peer may be silent inside an element."""
@@ -77,6 +113,7 @@ class Host:
     global_state: GlobalStatePort
     kept: KeptSectionsPort
     settings: Settings
+    site: SitePort
     completeness: Sequence[Callable[[], None]]
     """Each raises RemoteProtocolError when a stream has ended and something is missing."""
     postcopy_save: PostcopySavePort
@@ -91,7 +128,7 @@ def require_machine_here(host: Host) -> None:
     """Raise CommandError unless this host has the machine, whole, and may send or save it."""
     ownership, run_state = host.ownership, host.machine.run_state
     if ownership.outcome_unknown or ownership.record.hold is Hold.INCOMPLETE:
-        raise CommandError(f"{ownership.text()}. Next: {ownership.next_step()}")
+        raise CommandError(f"{ownership.text()}. Next: {ownership.next_step()}", error_id="not-owner")
     if run_state is RunState.INMIGRATE:
         raise CommandError("Guest is waiting for an incoming migration")
     if run_state is RunState.POSTMIGRATE:

@@ -13,7 +13,9 @@ runs here only after SHUT 0 was sent *and* the source ended the connection in or
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 from migrated.errors import (
@@ -21,16 +23,17 @@ from migrated.errors import (
     MigratedError,
     MigrationCancelled,
     OutcomeUnknown,
+    PreflightBlocked,
     RemoteProtocolError,
 )
-from migrated.migration.announcement import Announcement
 from migrated.migration.handshake import read_preamble
-from migrated.migration.host import OPTIONAL_SECTIONS, Host, first_error, insist, without_frames
+from migrated.migration.host import OPTIONAL_SECTIONS, Host, Settings, first_error, insist, without_frames
 from migrated.migration.incoming_link import IncomingLink
 from migrated.migration.ownership import Hold
 from migrated.migration.postcopy_target import PostcopyTarget
+from migrated.migration.preflight_target import PreflightTarget
 from migrated.migration.progress import Progress
-from migrated.migration.return_path import SETUP_PING, PeerKind
+from migrated.migration.return_path import PeerKind
 from migrated.migration.take_over import TakeOver
 from migrated.model.status import INCOMING, MigrationStatus, StatusCell
 from migrated.stream.incoming import PATIENCE, IncomingStream
@@ -53,6 +56,10 @@ STREAM_BEGIN = b"Q"
 LINGER_S = 2.0
 
 
+class _OnlyAsked(Exception):
+    """The source has heard whether it could come, and is gone."""
+
+
 class IncomingMigration:
     """Runs once for one connection. `error` and `status` say how it ended; nothing is raised out of `run`."""
 
@@ -65,19 +72,25 @@ class IncomingMigration:
         migration_id: str,
         autostart: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._host = host
+        # The source's settings take the place of this host's for one migration.
+        self._host = host = replace(host, settings=host.settings.copy())
         self._progress = progress
         self.migration_id = migration_id
         self.status = StatusCell(INCOMING, self._status_changed)
         self.error: MigratedError | None = None
+        self.failed_in = MigrationStatus.NONE
+        """The status in which it failed."""
         self.touched = False
         """True once memory or devices of this host may have been overwritten."""
+        self.only_asked = False
+        """True when the source wanted to know whether it could come, and nothing else."""
         self.peer = channel.peer
         self._link = IncomingLink(channel, host.settings)
-        self._announcement = Announcement(host)
+        self._preflight = PreflightTarget(host, self._link)
         self._take_over = TakeOver(host, self._link, migration_id, autostart)
         self._group: asyncio.TaskGroup | None = None
-        self._watcher: asyncio.Task[None] | None = None
+        self._begun_at = host.clock()
+        self._watchers: list[asyncio.Task[None]] = []
         self._package: bytes | None = None
         self.postcopy = PostcopyTarget(
             host, self._link, self.status, self._take_over, read=self._elements, check_devices=self._check_devices
@@ -88,6 +101,11 @@ class IncomingMigration:
         self._host.log.info("migration_status", status=status.value, migration_id=self.migration_id, role="incoming")
         if self._host.settings.enabled("events"):
             self._host.emit("MIGRATION", {"status": status.value})
+
+    @property
+    def settings(self) -> Settings:
+        """What holds for this migration: this host's settings, and those that its source brought along."""
+        return self._host.settings
 
     @property
     def kind(self) -> PeerKind:
@@ -131,9 +149,14 @@ class IncomingMigration:
 
     async def run(self) -> None:
         """Load; end in completed or failed."""
-        self._progress.begin()
+        self._begun_at = self._host.clock()
+        if not self._link.channel.has_return_path:
+            self._progress.begin(self._begun_at)  # nobody only asks there
         try:
             await self._load()
+        except _OnlyAsked:
+            self.only_asked = True
+            self.status.advance(MigrationStatus.NONE)
         except asyncio.CancelledError:
             await self._failed(MigrationCancelled("the daemon is stopping"))
         except (MigratedError, OSError) as error:
@@ -144,15 +167,23 @@ class IncomingMigration:
         else:
             self.status.advance(MigrationStatus.COMPLETED)
         finally:
-            self._progress.finish()
+            if self.touched:
+                self._progress.finish()
             await insist(self._cleanup)
+            self._preflight.release()
             await self._link.close()
             self.postcopy.close()
             self.postcopy.released.set()
 
     async def _failed(self, error: MigratedError) -> None:
-        self.error = without_frames(error)
-        self._host.log.error("migration_failed", error=str(error), migration_id=self.migration_id, role="incoming")
+        self.error, self.failed_in = without_frames(error), self.status.value
+        self._host.log.error(
+            "migration_failed",
+            error=str(error),
+            error_id=error.error_id,
+            migration_id=self.migration_id,
+            role="incoming",
+        )
         self.status.advance(MigrationStatus.ACTIVE, expected={MigrationStatus.NONE})
         self.status.advance(MigrationStatus.FAILED)
         if isinstance(error, OutcomeUnknown):
@@ -209,8 +240,8 @@ class IncomingMigration:
                     await self._description()
                 else:
                     await self.postcopy.run(self._package)
-                if self._watcher is not None:
-                    self._watcher.cancel()
+                for watcher in self._watchers:
+                    watcher.cancel()
         except BaseExceptionGroup as error:
             raise first_error(error) from None
 
@@ -271,18 +302,21 @@ class IncomingMigration:
             if host.ownership.record.hold is Hold.NONE:
                 await host.ownership.become(Hold.PARTIAL, peer=self.peer, migration_id=self.migration_id)
             self.touched = True
+            self._progress.begin(self._begun_at)
             host.kept.forget()
             await host.registry.load_setup(self._link.stream)
             if self.postcopy.advised:
                 host.postcopy_load.advise()
         if self._group is not None:
-            self._watcher = self._group.create_task(host.machine.arrival_lost())
+            self._watchers = [
+                self._group.create_task(host.machine.arrival_lost()),
+                self._group.create_task(self._preflight.keep_reservation()),
+            ]
         self._progress.setup_done()
         if self._link.kind is not PeerKind.MIGRATED:
             self._link.stream.idle_timeout_s = None
 
     async def _wait_for_device(self, idstr: str, instance_id: int) -> None:
-        await self._announcement.check(self._device_patience_s())
         await self._host.machine.wait_declared([], [idstr], self._device_patience_s())
 
     def _device_patience_s(self) -> float:
@@ -308,15 +342,13 @@ class IncomingMigration:
                 value = parse_ping(header.payload)
                 if not self._link.return_path.opened:
                     raise RemoteProtocolError(f"CMD_PING ({value:#x}) received with no return path")
-                if value == SETUP_PING:
-                    await self._announcement.check(self._device_patience_s())
                 await self.postcopy.ping(value, in_package=stream is not self._link.stream)
                 if value == PEER_PING:
                     await self._link.return_path.greet()
                     # A `migrated` source pings when it has nothing to say; silence means it is gone.
                     self._link.expect_element()
-            case Command.X_SECTIONS:
-                self._announcement.take(header.payload)
+            case Command.X_PREFLIGHT if not self.touched:
+                await self._asked(header.payload)
             case Command.PACKAGED if self._package is None:
                 self._package = await stream.get_buffer(parse_packaged(header.payload))
                 return True
@@ -324,6 +356,14 @@ class IncomingMigration:
                 await self.postcopy.command(command, header)
                 return self.postcopy.ran and stream is not self._link.stream
         return False
+
+    async def _asked(self, payload: bytes) -> None:
+        """Answer a preflight. Where nothing follows, the source leaves: it has heard all there is to say."""
+        await self._preflight.take(payload, self._device_patience_s(), preempt=self.postcopy.has_second)
+        if self._preflight.nothing_follows:
+            with contextlib.suppress(ChannelError):
+                await self._linger()
+            raise _OnlyAsked if self._preflight.dry_run else PreflightBlocked(self._preflight.blockers)
 
     async def _description(self) -> None:
         self._link.stream.section = "vmdescription"

@@ -19,6 +19,7 @@ from migrated.migration.incoming import IncomingMigration
 from migrated.migration.jobs import Jobs
 from migrated.migration.outgoing import OutgoingMigration
 from migrated.migration.ownership import Hold
+from migrated.migration.preflight_source import dry_run
 from migrated.migration.progress import Progress
 from migrated.migration.recovery import Dial
 from migrated.model.runstate import RunState
@@ -57,6 +58,10 @@ class Migrator:
         """The incoming migration that the present outgoing one came after."""
         self._listener: Listener | None = None
         self._opening = False
+        self._asking = False
+        self._remembered = False
+        """The record tells of the last migration: it was made before this daemon began."""
+        self._requested_uri = ""
         self._second: Channel | None = None
         self._fds: dict[str, int] = {}
         self._autostart = True
@@ -102,15 +107,43 @@ class Migrator:
         outgoing = self._outgoing is not None and (
             is_running(self._outgoing.status.value) or not self._outgoing.finished
         )
-        return outgoing or (self._incoming is not None and is_running(self._incoming.status.value))
+        return self._asking or outgoing or (self._incoming is not None and is_running(self._incoming.status.value))
 
-    async def migrate(self, uri: str, *, resume: bool = False) -> None:
-        """Start an outgoing migration; returns once it is accepted. Raises CommandError."""
+    async def migrate(self, uri: str, *, resume: bool = False, request_id: str = "") -> None:
+        """Start an outgoing migration; returns once it is accepted. Raises CommandError.
+
+        A ``request_id`` that was given before begins nothing: `query` tells of the migration it belongs to.
+        """
         if resume:
             if self._outgoing is None:
                 raise CommandError("Cannot resume if there is no paused migration")
             self._outgoing.resume(self._dialling(parse_address(uri)))
             return
+        if request_id and self._knows(request_id, uri):
+            return
+        address = await self._require_something_to_migrate(uri)
+        self._arrived_before = self._incoming
+        self._remembered = False
+        self._requested_uri = uri
+        self._outgoing = OutgoingMigration(
+            self._host, self._outgoing_progress, self._dialling(address), migration_id=request_id or uuid.uuid4().hex
+        )
+        self._outgoing.start(self._spawn)
+
+    def _knows(self, request_id: str, uri: str) -> bool:
+        """Return whether this id's migration runs, or has ended, and may be asked about. Raises CommandError."""
+        if self._outgoing is not None and self._outgoing.migration_id == request_id:
+            if uri != self._requested_uri:
+                text = f"the request id '{request_id}' is that of a migration to {self._requested_uri}, not to {uri}"
+                raise CommandError(text, error_id="request-id-reused")
+            return True
+        # Another life of this daemon may have made it: then its record has the id, if it came so far.
+        if self._outgoing is None and self._host.ownership.record.migration_id == request_id:
+            self._remembered = self._host.ownership.record.hold in (Hold.RELEASED, Hold.MOVED)
+        return self._outgoing is None and self._remembered
+
+    async def _require_something_to_migrate(self, uri: str) -> Address:
+        """Return the address in ``uri``. Raises CommandError unless a machine may go there."""
         handlers = await self._host.registry.device_names(besides=OPTIONAL_SECTIONS)
         self._require_idle()
         address = parse_address(uri)
@@ -118,13 +151,10 @@ class Migrator:
         if not handlers and not self._host.machine.ram_blocks():
             raise CommandError(
                 f"there is nothing to migrate: machine '{self._host.machine.name}' has no RAM block and no device here."
-                " Next: start its workload, which attaches to this daemon, or load a handler ([handlers] load)"
+                " Next: start its workload, which attaches to this daemon, or load a handler ([handlers] load)",
+                error_id="nothing-to-migrate",
             )
-        self._arrived_before = self._incoming
-        self._outgoing = OutgoingMigration(
-            self._host, self._outgoing_progress, self._dialling(address), migration_id=uuid.uuid4().hex
-        )
-        self._outgoing.start(self._spawn)
+        return address
 
     def _dialling(self, address: Address) -> Dial:
         timeout_s = self._host.settings.silence_timeout_s()
@@ -133,6 +163,15 @@ class Migrator:
             return await dial(address, timeout_s=timeout_s, fds=self._take_fd)
 
         return connect
+
+    async def preflight(self, uri: str) -> dict[str, object]:
+        """Check both sides, move nothing (``x-migrated-preflight``). Raises CommandError where there is no machine."""
+        address = await self._require_something_to_migrate(uri)
+        self._asking = True
+        try:
+            return (await dry_run(self._host, self._dialling(address))).as_dict()
+        finally:
+            self._asking = False
 
     def start_postcopy(self) -> None:
         """Have the present migration switch to postcopy (``migrate-start-postcopy``). Raises CommandError."""
@@ -163,7 +202,7 @@ class Migrator:
         """Raise CommandError while a migration or a snapshot is under way."""
         self._jobs.require_none()
         if self.busy:
-            raise CommandError(text)
+            raise CommandError(text, error_id="busy")
 
     async def cancel(self) -> None:
         """Cancel the outgoing migration; without one nothing happens. Raises CommandError after the last byte."""
@@ -211,7 +250,10 @@ class Migrator:
 
     def _take_second(self, channel: Channel) -> bool:
         """Take a second connection, for requested pages, if there may be one."""
-        if not self._host.settings.enabled("postcopy-preempt") or self._second is not None:
+        incoming = self._incoming
+        arrives = incoming is not None and incoming.status.value not in ENDED
+        settings = incoming.settings if incoming is not None and arrives else self._host.settings
+        if not settings.enabled("postcopy-preempt") or self._second is not None:
             return False
         self._second = channel  # the job of the first may not have begun yet
         return self._hand_over_second()
@@ -232,17 +274,22 @@ class Migrator:
             self._host.log.warning("connection_refused", peer=channel.peer, reason=BUSY)
             channel.abort()
             return
-        incoming = IncomingMigration(
-            self._host,
-            self._incoming_progress,
-            channel,
-            migration_id=uuid.uuid4().hex,
-            autostart=lambda: self._autostart,
+        before, incoming = (
+            self._incoming,
+            IncomingMigration(
+                self._host,
+                self._incoming_progress,
+                channel,
+                migration_id=uuid.uuid4().hex,
+                autostart=lambda: self._autostart,
+            ),
         )
         self._incoming = incoming
         self._hand_over_second()
         incoming.start(self._spawn)
         await incoming.postcopy.released.wait()
+        if incoming.only_asked and self._incoming is incoming:
+            self._incoming = before
         self._autostart = self._autostart or self._host.ownership.may_run
         if incoming.touched and incoming is not self._arrived_before:
             # What came before is history: a stranger after this one must not bring it back into `query`. (A migration
@@ -351,13 +398,14 @@ class Migrator:
         arrives = incoming is not None and (incoming.touched or asked_for) and incoming is not self._arrived_before
         if self._outgoing is not None and not arrives:
             limit_ms = self._host.settings.parameters.integer("downtime-limit")
-            answer = report.describe_outgoing(self._outgoing, self._outgoing_progress, limit_ms)
-            answer["x-migrated-outcome"] = report.outcome(self._host.ownership)
+            answer = report.describe_outgoing(self._outgoing, self._outgoing_progress, self._host.ownership, limit_ms)
+        elif self._remembered and not arrives:
+            answer = report.describe_record(self._host.ownership)
         elif incoming is not None:
             answer = report.describe_incoming(
                 incoming,
                 self._incoming_progress,
-                blocktime=self._host.settings.enabled("postcopy-blocktime"),
+                blocktime=incoming.settings.enabled("postcopy-blocktime"),
             )
         if self._listener is not None and not self._listener.over:
             answer["socket-address"] = self._listener.addresses

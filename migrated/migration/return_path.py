@@ -26,10 +26,12 @@ from migrated.errors import (
 from migrated.model.faults import FaultFigures, FaultSummary
 from migrated.stream.incoming import IncomingStream
 from migrated.transport.channel import Channel, SocketChannel
-from migrated.wire.command import FEATURE_SECTIONS, PEER_FEATURES, PEER_FEATURES_MASK, PEER_PONG
+from migrated.wire.command import FEATURE_PREFLIGHT, PEER_FEATURES, PEER_FEATURES_MASK, PEER_PONG
+from migrated.wire.preflight import ANSWER_MAX_BYTES, Answer, Pieces, answer_pieces, parse_answer
 from migrated.wire.return_path import (
     Faults,
     Pong,
+    PreflightPiece,
     Reason,
     ReceivedBitmap,
     RequestPages,
@@ -39,6 +41,7 @@ from migrated.wire.return_path import (
     SwitchoverAck,
     encode_faults,
     encode_pong,
+    encode_preflight,
     encode_reason,
     encode_received_bitmap,
     encode_request_pages,
@@ -91,6 +94,9 @@ class ReturnPathReader:
         self._bitmaps: dict[str, bytes] = {}
         self._bitmaps_complete = asyncio.Event()
         self._resumed = asyncio.Event()
+        self._preflight = Pieces(ANSWER_MAX_BYTES)
+        self._preflight_answer: Answer | None = None
+        self._preflighted = asyncio.Event()
         self._greeted = False
         self.features = 0
         """What a `migrated` destination understands besides (FEATURE_...)."""
@@ -140,14 +146,14 @@ class ReturnPathReader:
                 self._reason = text
             case RequestPages(start=start, length=length, block=block):
                 self._on_request(block, start, length)
+            case PreflightPiece(body=body):
+                self._take_preflight(body)
             case Faults(words=words):
                 self._on_faults(FaultSummary.from_words(words))
             case ReceivedBitmap(block=block):
                 await self._take_bitmap(block)
             case ResumeAck(value=value):
-                if value != 1:
-                    raise RemoteProtocolError(f"RESUME_ACK with value {value}", section="return path", expected="1")
-                self._resumed.set()
+                self._take_resume_ack(value)
             case SwitchoverAck():
                 raise RemoteProtocolError(
                     f"{type(message).__name__} belongs to a feature that is not on", section="return path"
@@ -160,6 +166,16 @@ class ReturnPathReader:
         if value == FIRST_PING and not self.kind.done():
             self.kind.set_result(PeerKind.MIGRATED if self._greeted else PeerKind.QEMU)
         self._pongs[value].set()
+
+    def _take_resume_ack(self, value: int) -> None:
+        if value != 1:
+            raise RemoteProtocolError(f"RESUME_ACK with value {value}", section="return path", expected="1")
+        self._resumed.set()
+
+    def _take_preflight(self, body: bytes) -> None:
+        if (raw := self._preflight.take(body)) is not None:
+            self._preflight_answer = parse_answer(raw)
+            self._preflighted.set()
 
     async def _take_bitmap(self, block: str) -> None:
         if block not in self._bitmap_pages or block in self._bitmaps:
@@ -203,6 +219,12 @@ class ReturnPathReader:
             missing = f"not all received bitmaps within {timeout_s:g} s"
             await self._wait(self._bitmaps_complete, timeout_s, missing, "recovering")
         return self._bitmaps
+
+    async def wait_preflight(self, timeout_s: float) -> Answer:
+        """Wait for what the destination says to a preflight."""
+        await self._wait(self._preflighted, timeout_s, f"no answer within {timeout_s:g} s", "asking the destination")
+        assert self._preflight_answer is not None
+        return self._preflight_answer
 
     async def wait_resumed(self, timeout_s: float) -> None:
         """Wait for RESUME_ACK."""
@@ -249,7 +271,7 @@ class ReturnPathWriter:
     async def greet(self) -> None:
         """Show a `migrated` source that this is one, too."""
         self.peer = PeerKind.MIGRATED
-        await self._send(encode_pong(PEER_PONG) + encode_pong(PEER_FEATURES | FEATURE_SECTIONS))
+        await self._send(encode_pong(PEER_PONG) + encode_pong(PEER_FEATURES | FEATURE_PREFLIGHT))
 
     def request_pages(self, block: str, start: int, length: int) -> None:
         """Ask for pages that somebody waits for, at once; what does not go now, `deliver` sends."""
@@ -290,6 +312,11 @@ class ReturnPathWriter:
         """Tell a `migrated` source what faults have cost so far."""
         if figures is not None and self.peer is PeerKind.MIGRATED:
             await self._send(encode_faults(figures.summary().to_words()))
+
+    async def preflight(self, answer: Answer) -> None:
+        """Say what stands in the way of the migration."""
+        for piece in answer_pieces(answer):
+            await self._send(encode_preflight(piece))
 
     async def resumed(self) -> None:
         """Say that postcopy goes on."""

@@ -30,8 +30,8 @@ class Command(IntEnum):
     POSTCOPY_RESUME = 9
     RECV_BITMAP = 10
     SWITCHOVER_START = 11
-    #: A peer extension, see `wire.announcement`.
-    X_SECTIONS = 0x4D01
+    #: A peer extension, see `wire.preflight`.
+    X_PREFLIGHT = 0x4D10
 
 
 #: Payload bytes; None where the length varies and the command's own parser checks it.
@@ -47,7 +47,7 @@ LENGTHS: dict[Command, int | None] = {
     Command.POSTCOPY_RESUME: 0,
     Command.RECV_BITMAP: None,
     Command.SWITCHOVER_START: 0,
-    Command.X_SECTIONS: None,
+    Command.X_PREFLIGHT: None,
 }
 _KNOWN = frozenset(LENGTHS)
 #: The length field has 16 bits.
@@ -60,7 +60,7 @@ PEER_PONG = 0x4D494744
 #: What else a `migrated` destination understands, in one more PONG unasked: the upper half is "MF", the lower one bits.
 PEER_FEATURES = 0x4D460000
 PEER_FEATURES_MASK = 0xFFFF0000
-FEATURE_SECTIONS = 0x0001
+FEATURE_PREFLIGHT = 0x0010
 #: Postcopy between two `migrated` daemons ("MIGC"): the source lets go of the machine. The echo says that it runs.
 COMMIT_PING = 0x4D494743
 

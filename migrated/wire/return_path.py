@@ -29,6 +29,8 @@ from migrated.wire.pull import Parser
 
 #: QEMU's source reads a message into a buffer of this size.
 MESSAGE_MAX_BYTES = 512
+#: Only between two `migrated` daemons: what does not fit goes on in the next message.
+PREFLIGHT_MAX_BYTES = 0xFFFF
 #: Room for a sentence, with some of MESSAGE_MAX_BYTES left for later.
 REASON_MAX_BYTES = 500
 #: Numbers in X_FAULTS: requests, and for each of three classes count, p50, p99, maximum and 24 buckets.
@@ -44,7 +46,7 @@ BITMAP_PIECE_BYTES = 64 << 10
 
 
 class Message(IntEnum):
-    """Type of a message; the names are QEMU's, X_REASON and X_FAULTS are peer extensions."""
+    """Type of a message; the names are QEMU's, those with X_ are peer extensions."""
 
     SHUT = 1
     PONG = 2
@@ -55,6 +57,7 @@ class Message(IntEnum):
     SWITCHOVER_ACK = 7
     X_REASON = 0x4D01
     X_FAULTS = 0x4D02
+    X_PREFLIGHT = 0x4D10
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +116,16 @@ class Faults:
     words: tuple[int, ...]
 
 
-ReturnMessage = Faults | Shut | Pong | RequestPages | ReceivedBitmap | ResumeAck | SwitchoverAck | Reason
+@dataclass(frozen=True, slots=True)
+class PreflightPiece:
+    """A piece of the answer to a preflight (`wire.preflight`); only between two `migrated` daemons."""
+
+    body: bytes
+
+
+ReturnMessage = (
+    PreflightPiece | Faults | Shut | Pong | RequestPages | ReceivedBitmap | ResumeAck | SwitchoverAck | Reason
+)
 
 _REQUEST = struct.Struct(">HHQI")
 _HEAD_BYTES = 4
@@ -158,6 +170,11 @@ def encode_resume_ack() -> bytes:
 def encode_faults(words: Sequence[int]) -> bytes:
     """Encode the figures of a postcopy (`model.faults`); only for a `migrated` source."""
     return _encode(Message.X_FAULTS, struct.pack(f">{FAULT_WORDS}I", *words))
+
+
+def encode_preflight(body: bytes) -> bytes:
+    """Encode a piece of the answer to a preflight."""
+    return _encode(Message.X_PREFLIGHT, body)
 
 
 def encode_reason(text: str) -> bytes:
@@ -261,6 +278,7 @@ _TABLE: dict[int, tuple[int, int, Callable[[bytes], ReturnMessage]]] = {
     Message.RESUME_ACK: (4, 4, lambda body: ResumeAck(_number(body))),
     Message.SWITCHOVER_ACK: (0, 0, lambda _: SwitchoverAck()),
     Message.X_FAULTS: (4 * FAULT_WORDS, 4 * FAULT_WORDS, lambda body: Faults(struct.unpack(f">{FAULT_WORDS}I", body))),
+    Message.X_PREFLIGHT: (1, PREFLIGHT_MAX_BYTES, PreflightPiece),
     # The text goes to an operator: a bad byte in it must not hide the rest.
     Message.X_REASON: (0, MESSAGE_MAX_BYTES, lambda body: Reason(printable(body))),
 }
