@@ -40,6 +40,17 @@ def own_configuration(host: Host) -> Configuration:
 
 async def read_preamble(stream: IncomingStream, host: Host) -> int:
     """Read header and configuration; return the first element's type byte. Raises RemoteProtocolError."""
+    first, mismatch = await read_any_preamble(stream, host)
+    if mismatch is not None:
+        raise mismatch
+    return first
+
+
+async def read_any_preamble(stream: IncomingStream, host: Host) -> tuple[int, RemoteProtocolError | None]:
+    """Do the same, and return instead of raising why a machine with this configuration cannot be loaded here.
+
+    A source that asks first is to hear everything that stands in its way, not only that.
+    """
     limit_s = host.settings.silence_timeout_s()
     try:
         async with asyncio.timeout(limit_s):
@@ -50,8 +61,12 @@ async def read_preamble(stream: IncomingStream, host: Host) -> int:
         raise RemoteProtocolError(
             f"no complete stream header and configuration within {limit_s:g} s", offset=stream.offset
         ) from error
-    check_configuration(configuration, host)
-    return first
+    try:
+        check_configuration(configuration, host)
+    except RemoteProtocolError as error:
+        error.offset = stream.offset
+        return first, error
+    return first, None
 
 
 def check_configuration(configuration: Configuration, host: Host) -> None:

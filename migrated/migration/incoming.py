@@ -26,7 +26,7 @@ from migrated.errors import (
     PreflightBlocked,
     RemoteProtocolError,
 )
-from migrated.migration.handshake import read_preamble
+from migrated.migration.handshake import read_any_preamble
 from migrated.migration.host import OPTIONAL_SECTIONS, Host, Settings, first_error, insist, without_frames
 from migrated.migration.incoming_link import IncomingLink
 from migrated.migration.ownership import Hold
@@ -88,6 +88,8 @@ class IncomingMigration:
         self._link = IncomingLink(channel, host.settings)
         self._preflight = PreflightTarget(host, self._link)
         self._take_over = TakeOver(host, self._link, migration_id, autostart)
+        self._mismatch: RemoteProtocolError | None = None
+        """What the configuration said that does not fit: no section of this machine is loaded."""
         self._group: asyncio.TaskGroup | None = None
         self._begun_at = host.clock()
         self._watchers: list[asyncio.Task[None]] = []
@@ -219,11 +221,16 @@ class IncomingMigration:
     # -- the stream --------------------------------------------------------------------------------------------
 
     async def _load(self) -> None:
-        first = await read_preamble(self._link.stream, self._host)
+        first, self._mismatch = await read_any_preamble(self._link.stream, self._host)
         self.status.advance(MigrationStatus.ACTIVE)
         # The first section follows at once, whoever sends; only then may a source have reasons to be silent for long.
         self._link.expect_element()
-        await self._watched(first)
+        try:
+            await self._watched(first)
+        except MigratedError:
+            if self._mismatch is None or self._preflight.nothing_follows:
+                raise
+            raise self._mismatch from None
         if self._package is None:
             await self._check_complete()
             await self._take_over.precopy()
@@ -288,6 +295,8 @@ class IncomingMigration:
         """Check, before the first section, that a machine may come here and its source be answered."""
         if self.touched:
             return
+        if self._mismatch is not None:
+            raise self._mismatch
         allowed = self._host.settings.parameters.get("x-migrated-allow-no-return-path")
         if self._link.channel.has_return_path and not self._link.return_path.opened and not allowed:
             raise RemoteProtocolError(

@@ -138,9 +138,11 @@ class Migrator:
                 raise CommandError(text, error_id="request-id-reused")
             return True
         # Another life of this daemon may have made it: then its record has the id, if it came so far.
-        if self._outgoing is None and self._host.ownership.record.migration_id == request_id:
-            self._remembered = self._host.ownership.record.hold in (Hold.RELEASED, Hold.MOVED)
-        return self._outgoing is None and self._remembered
+        record = self._host.ownership.record
+        if self._outgoing is not None or record.migration_id != request_id:
+            return False
+        self._remembered = record.hold in (Hold.RELEASED, Hold.MOVED)
+        return self._remembered
 
     async def _require_something_to_migrate(self, uri: str) -> Address:
         """Return the address in ``uri``. Raises CommandError unless a machine may go there."""

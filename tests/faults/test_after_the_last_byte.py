@@ -8,21 +8,26 @@ from pathlib import Path
 
 import pytest
 
+from migrated.control.commands import VERSION
 from migrated.demo.site import Site
 from migrated.errors import CommandError
+from migrated.wire.preflight import Answer, answer_pieces
+from migrated.wire.return_path import encode_preflight
 from tests.integration.conftest import MakeSite
 from tests.support.following import assert_still_runs, run_state, wait_status, wait_until
 from tests.support.proxy import Proxy
 
-#: Five PONGs (magic, its greeting, its features, 1, 2) of eight bytes: what comes after them is the answer.
-PONGS_BYTES = 40
+#: What a destination says to a preflight when there is nothing to say.
+READY = encode_preflight(*answer_pieces(Answer(str(VERSION["package"]), "demo", [])))
+#: Five PONGs (magic, its greeting, its features, 1, 2) of eight bytes, and that: what comes after them is the answer.
+BEFORE_BYTES = 40 + len(READY)
 
 
 @pytest.fixture
 def unknown(held_pair: tuple[Site, Site], link: Proxy) -> tuple[Site, Site]:
     """A hand-over whose answer was lost: the machine runs at B, and A does not know."""
     a, b = held_pair
-    link.backward.limit, link.backward.at_limit = PONGS_BYTES, "swallow"
+    link.backward.limit, link.backward.at_limit = BEFORE_BYTES, "swallow"
     a.qmp.execute("migrate", {"uri": link.uri})
     b.wait_event("running")
     link.cut()
@@ -86,7 +91,7 @@ def test_resolve_wants_a_clear_word_and_something_to_resolve(pair: tuple[Site, S
 
 def test_migratectl_exits_with_6(held_pair: tuple[Site, Site], link: Proxy) -> None:
     a, b = held_pair
-    link.backward.limit, link.backward.at_limit = PONGS_BYTES, "swallow"
+    link.backward.limit, link.backward.at_limit = BEFORE_BYTES, "swallow"
     command = [sys.executable, "-m", "migrated.cli.app", "--socket", str(a.directory / "run" / "qmp.sock")]
     with subprocess.Popen([*command, "migrate", link.uri], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as ctl:
         b.wait_event("running")
@@ -112,7 +117,7 @@ def test_a_destination_that_fails_late_resumes_the_source(held_pair: tuple[Site,
 
 def test_nothing_is_resolved_while_the_answer_may_still_come(held_pair: tuple[Site, Site], link: Proxy) -> None:
     a, b = held_pair
-    link.backward.limit, link.backward.at_limit = PONGS_BYTES, "stall"
+    link.backward.limit, link.backward.at_limit = BEFORE_BYTES, "stall"
     a.qmp.execute("migrate", {"uri": link.uri})
     b.wait_event("running")
     for word in ("peer-is-running", "peer-is-fenced"):
