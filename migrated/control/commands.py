@@ -19,6 +19,7 @@ import msgspec
 from migrated.control import shapes
 from migrated.control.machine_info import describe_machine
 from migrated.control.ports import Services, SessionPort
+from migrated.control.problem_shapes import PreflightInfo
 from migrated.control.schema import build_schema
 from migrated.control.settings import (
     MigrateSetCapabilitiesArguments,
@@ -277,7 +278,7 @@ _ROWS = (
     Command("job-dismiss", _job_dismiss, shapes.JobArguments),
     Command("getfd", _getfd, shapes.FdNameArguments),
     Command("closefd", _closefd, shapes.FdNameArguments),
-    Command("x-migrated-preflight", _preflight, shapes.UriArguments, result=shapes.PreflightInfo),
+    Command("x-migrated-preflight", _preflight, shapes.UriArguments, result=PreflightInfo),
     Command("x-migrated-release", _release),
     Command("x-migrated-resolve", _resolve, shapes.ResolveArguments),
     Command("x-migrated-query-ownership", _query_ownership, result=shapes.OwnershipInfo),

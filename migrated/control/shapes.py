@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from migrated.error_ids import Fault
+from migrated.control.problem_shapes import BlockerInfo, ErrorInfo, PeerInfo
 from migrated.model.job import JobStatus, JobType
 from migrated.model.runstate import RunState
 from migrated.model.status import MigrationStatus
@@ -216,53 +216,6 @@ class MigrationOutcome(StrEnum):
     SOURCE_OWNS = "source-owns"
     DESTINATION_OWNS = "destination-owns"
     UNKNOWN = "unknown"
-
-
-class PeerKind(StrEnum):
-    UNKNOWN = "unknown"
-    MIGRATED = "migrated"
-    QEMU = "qemu"
-    FILE = "file"
-
-
-class PeerInfo(Shape, frozen=True):
-    address: str
-    kind: PeerKind
-
-
-class ErrorInfo(Shape, frozen=True):
-    """What is known of an error besides its text; also in the error of a command that was refused."""
-
-    id: str
-    fault: Fault
-    phase: str
-    known: str
-    next_step: str
-
-
-class BlockerInfo(Shape, frozen=True):
-    """One thing that stands in the way of a migration, or, with ``warning``, only should be looked at."""
-
-    id: str
-    side: str
-    text: str
-    next_step: str
-    warning: bool
-
-
-class DestinationInfo(Shape, frozen=True):
-    name: str
-    tool: str
-
-
-class PreflightInfo(Shape, frozen=True):
-    """What both sides say before anything moves."""
-
-    ready: bool
-    checked: list[str]
-    blockers: list[BlockerInfo]
-    peer: PeerInfo
-    destination: DestinationInfo | UnsetType = UNSET
 
 
 class LatencyInfo(Shape, frozen=True):

@@ -56,6 +56,7 @@ from migrated.savevm.iothread_lock import IothreadLock
 from migrated.savevm.registry import SaveVMRegistry
 from migrated.wire.ram import RAM_VERSION
 
+TOOL = str(VERSION["package"])
 EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h, as systemd shows it
 EXIT_FAILURE = 1
 
@@ -150,7 +151,7 @@ class Daemon:
             global_state=register_global_state(registry),
             kept=KeptSections(registry),
             settings=settings,
-            site=HostSite(self._state, self._runtime, machine.ram_blocks, str(VERSION["package"])),
+            site=HostSite(self._state, self._runtime, machine.ram_blocks, TOOL),
             completeness=[load.check_complete],
             postcopy_save=save,
             postcopy_load=load,
@@ -163,9 +164,7 @@ class Daemon:
         snapshot_jobs = Jobs(jobs.create_task, relay, self._log)
         migrator = Migrator(host, outgoing, incoming, jobs.create_task, snapshot_jobs, allow=config.migration.allow)
         relay.target = migrator.emit
-        store = SnapshotStore(self._state / "snapshots")
-        store.clear()
-        snapshots = SnapshotHost(host, store, hash_content, outgoing, incoming, tool=str(VERSION["package"]))
+        snapshots = SnapshotHost(host, self._snapshot_store(), hash_content, outgoing, incoming, tool=TOOL)
         services = Services(
             migrator,
             Snapshots(snapshots, snapshot_jobs, lambda: migrator.busy),
@@ -174,6 +173,11 @@ class Daemon:
         )
         await self._open_sockets(stack, services, machine, migrator)
         return migrator
+
+    def _snapshot_store(self) -> SnapshotStore:
+        store = SnapshotStore(self._state / "snapshots")
+        store.clear()
+        return store
 
     async def _initial_run_state(self, ownership: Ownership) -> RunState:
         """Decide what this host is, from its record first and its configuration second."""

@@ -135,6 +135,16 @@ def require_machine_here(host: Host) -> None:
         raise CommandError("Can't migrate the vm that was paused due to previous migration")
 
 
+def require_something(host: Host, handlers: Sequence[str]) -> None:
+    """Raise CommandError where there is nothing that could be sent."""
+    if not handlers and not host.machine.ram_blocks():
+        raise CommandError(
+            f"there is nothing to migrate: machine '{host.machine.name}' has no RAM block and no device here."
+            " Next: start its workload, which attaches to this daemon, or load a handler ([handlers] load)",
+            error_id="nothing-to-migrate",
+        )
+
+
 async def resume_machine(host: Host, previous: RunState) -> None:
     """Bring a machine that was stopped for switchover back to what it was. Lock held; twice does no harm."""
     host.lock.assert_held("resuming the machine")

@@ -7,26 +7,26 @@ Implements control's ``MigratorPort``. Error texts are QEMU's where QEMU has one
 from __future__ import annotations
 
 import asyncio
-import os
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from migrated.errors import CommandError
 from migrated.migration import report
-from migrated.migration.host import OPTIONAL_SECTIONS, Emit, Host, require_machine_here
+from migrated.migration.descriptors import Descriptors
+from migrated.migration.host import OPTIONAL_SECTIONS, Emit, Host, require_machine_here, require_something
 from migrated.migration.incoming import IncomingMigration
 from migrated.migration.jobs import Jobs
 from migrated.migration.outgoing import OutgoingMigration
 from migrated.migration.ownership import Hold
 from migrated.migration.preflight_source import dry_run
 from migrated.migration.progress import Progress
-from migrated.migration.recovery import Dial
+from migrated.migration.recovery import Dial, dialling
+from migrated.migration.requests import Requests
 from migrated.model.runstate import RunState
 from migrated.model.status import ENDED, PAUSABLE, POSTCOPY, MigrationStatus, is_running
 from migrated.transport.address import Address, TcpAddress, parse_address
 from migrated.transport.channel import Channel
-from migrated.transport.dial import dial
 from migrated.transport.listen import Listener, listen
 
 Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
@@ -59,11 +59,9 @@ class Migrator:
         self._listener: Listener | None = None
         self._opening = False
         self._asking = False
-        self._remembered = False
-        """The record tells of the last migration: it was made before this daemon began."""
-        self._requested_uri = ""
+        self._requests = Requests(host)
         self._second: Channel | None = None
-        self._fds: dict[str, int] = {}
+        self._fds = Descriptors()
         self._autostart = True
         """False after a `stop` while a machine is awaited: it is to arrive paused, as QEMU has it."""
         self._subscribers: list[Emit] = []
@@ -119,30 +117,15 @@ class Migrator:
                 raise CommandError("Cannot resume if there is no paused migration")
             self._outgoing.resume(self._dialling(parse_address(uri)))
             return
-        if request_id and self._knows(request_id, uri):
+        if request_id and self._requests.knows(request_id, uri, self._outgoing):
             return
         address = await self._require_something_to_migrate(uri)
         self._arrived_before = self._incoming
-        self._remembered = False
-        self._requested_uri = uri
+        self._requests.begun(uri)
         self._outgoing = OutgoingMigration(
             self._host, self._outgoing_progress, self._dialling(address), migration_id=request_id or uuid.uuid4().hex
         )
         self._outgoing.start(self._spawn)
-
-    def _knows(self, request_id: str, uri: str) -> bool:
-        """Return whether this id's migration runs, or has ended, and may be asked about. Raises CommandError."""
-        if self._outgoing is not None and self._outgoing.migration_id == request_id:
-            if uri != self._requested_uri:
-                text = f"the request id '{request_id}' is that of a migration to {self._requested_uri}, not to {uri}"
-                raise CommandError(text, error_id="request-id-reused")
-            return True
-        # Another life of this daemon may have made it: then its record has the id, if it came so far.
-        record = self._host.ownership.record
-        if self._outgoing is not None or record.migration_id != request_id:
-            return False
-        self._remembered = record.hold in (Hold.RELEASED, Hold.MOVED)
-        return self._remembered
 
     async def _require_something_to_migrate(self, uri: str) -> Address:
         """Return the address in ``uri``. Raises CommandError unless a machine may go there."""
@@ -150,21 +133,11 @@ class Migrator:
         self._require_idle()
         address = parse_address(uri)
         require_machine_here(self._host)
-        if not handlers and not self._host.machine.ram_blocks():
-            raise CommandError(
-                f"there is nothing to migrate: machine '{self._host.machine.name}' has no RAM block and no device here."
-                " Next: start its workload, which attaches to this daemon, or load a handler ([handlers] load)",
-                error_id="nothing-to-migrate",
-            )
+        require_something(self._host, handlers)
         return address
 
     def _dialling(self, address: Address) -> Dial:
-        timeout_s = self._host.settings.silence_timeout_s()
-
-        async def connect() -> Channel:
-            return await dial(address, timeout_s=timeout_s, fds=self._take_fd)
-
-        return connect
+        return dialling(address, self._host.settings.silence_timeout_s(), self._fds.take)
 
     async def preflight(self, uri: str) -> dict[str, object]:
         """Check both sides, move nothing (``x-migrated-preflight``). Raises CommandError where there is no machine."""
@@ -238,13 +211,14 @@ class Migrator:
         address = parse_address(uri)
         if isinstance(address, TcpAddress) and not address.is_loopback and not self._allow:
             raise CommandError(
-                f"{address} can be reached from other hosts, and peers are not authenticated. Next: name those that may"
-                ' connect in the configuration ([migration] allow = ["10.0.0.7", ...]), or listen on a loopback address'
+                f"{address} can be reached from other hosts, and peers are not authenticated. Next: name those that may "
+                'connect in the configuration ([migration] allow = ["10.0.0.7", ...]), or listen on a loopback address',
+                error_id="listener-unprotected",
             )
         self._opening = True  # opening takes its time, and a second listener would let a second machine in
         try:
             self._listener = await listen(
-                address, self._receive, allow=self._allow, fds=self._take_fd, second=self._take_second
+                address, self._receive, allow=self._allow, fds=self._fds.take, second=self._take_second
             )
         finally:
             self._opening = False
@@ -252,10 +226,9 @@ class Migrator:
 
     def _take_second(self, channel: Channel) -> bool:
         """Take a second connection, for requested pages, if there may be one."""
-        incoming = self._incoming
-        arrives = incoming is not None and incoming.status.value not in ENDED
-        settings = incoming.settings if incoming is not None and arrives else self._host.settings
-        if not settings.enabled("postcopy-preempt") or self._second is not None:
+        last = self._incoming
+        whose = self._host if last is None or last.status.value in ENDED else last
+        if not whose.settings.enabled("postcopy-preempt") or self._second is not None:
             return False
         self._second = channel  # the job of the first may not have begun yet
         return self._hand_over_second()
@@ -375,20 +348,11 @@ class Migrator:
 
     def add_fd(self, name: str, fd: int) -> None:
         """Keep a descriptor under a name (``getfd``); one of that name is replaced."""
-        if (old := self._fds.pop(name, None)) is not None:
-            os.close(old)
-        self._fds[name] = fd
+        self._fds.add(name, fd)
 
     def close_fd(self, name: str) -> None:
         """Close a kept descriptor (``closefd``)."""
-        if name not in self._fds:
-            raise CommandError(f"File descriptor named '{name}' not found")
-        os.close(self._take_fd(name))
-
-    def _take_fd(self, name: str) -> int:
-        if name not in self._fds:
-            raise CommandError(f"File descriptor named '{name}' has not been found")
-        return self._fds.pop(name)
+        self._fds.close(name)
 
     # -- answers -----------------------------------------------------------------------------------------------
 
@@ -401,7 +365,7 @@ class Migrator:
         if self._outgoing is not None and not arrives:
             limit_ms = self._host.settings.parameters.integer("downtime-limit")
             answer = report.describe_outgoing(self._outgoing, self._outgoing_progress, self._host.ownership, limit_ms)
-        elif self._remembered and not arrives:
+        elif self._requests.remembered and not arrives:
             answer = report.describe_record(self._host.ownership)
         elif incoming is not None:
             answer = report.describe_incoming(
@@ -435,6 +399,4 @@ class Migrator:
             await self._outgoing.give_up()
         if self._incoming is not None:
             await self._incoming.wait()  # a take-over needs the workloads, and the source its answer
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
+        self._fds.close_all()
