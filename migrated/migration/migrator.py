@@ -108,10 +108,7 @@ class Migrator:
         return self._asking or outgoing or (self._incoming is not None and is_running(self._incoming.status.value))
 
     async def migrate(self, uri: str, *, resume: bool = False, request_id: str = "") -> None:
-        """Start an outgoing migration; returns once it is accepted. Raises CommandError.
-
-        A ``request_id`` that was given before begins nothing: `query` tells of the migration it belongs to.
-        """
+        """Start an outgoing migration, if this is not a known request; returns once accepted. Raises CommandError."""
         if resume:
             if self._outgoing is None:
                 raise CommandError("Cannot resume if there is no paused migration")
@@ -119,7 +116,7 @@ class Migrator:
             return
         if request_id and self._requests.knows(request_id, uri, self._outgoing):
             return
-        address = await self._require_something_to_migrate(uri)
+        address = await self._may_leave_for(uri)
         self._arrived_before = self._incoming
         self._requests.begun(uri)
         self._outgoing = OutgoingMigration(
@@ -127,7 +124,7 @@ class Migrator:
         )
         self._outgoing.start(self._spawn)
 
-    async def _require_something_to_migrate(self, uri: str) -> Address:
+    async def _may_leave_for(self, uri: str) -> Address:
         """Return the address in ``uri``. Raises CommandError unless a machine may go there."""
         handlers = await self._host.registry.device_names(besides=OPTIONAL_SECTIONS)
         self._require_idle()
@@ -141,7 +138,7 @@ class Migrator:
 
     async def preflight(self, uri: str) -> dict[str, object]:
         """Check both sides, move nothing (``x-migrated-preflight``). Raises CommandError where there is no machine."""
-        address = await self._require_something_to_migrate(uri)
+        address = await self._may_leave_for(uri)
         self._asking = True
         try:
             return (await dry_run(self._host, self._dialling(address))).as_dict()
@@ -211,8 +208,8 @@ class Migrator:
         address = parse_address(uri)
         if isinstance(address, TcpAddress) and not address.is_loopback and not self._allow:
             raise CommandError(
-                f"{address} can be reached from other hosts, and peers are not authenticated. Next: name those that may "
-                'connect in the configuration ([migration] allow = ["10.0.0.7", ...]), or listen on a loopback address',
+                f"{address} can be reached from other hosts, and peers are not authenticated. Next: name those that"
+                ' may connect in the configuration ([migration] allow = ["10.0.0.7", ...]), or listen on loopback',
                 error_id="listener-unprotected",
             )
         self._opening = True  # opening takes its time, and a second listener would let a second machine in
