@@ -312,6 +312,7 @@ class JobInfo(Shape, frozen=True):
     current_progress: int
     total_progress: int
     error: str | UnsetType = UNSET
+    x_migrated_error: ErrorInfo | UnsetType = UNSET
 
 
 class SnapshotBlockInfo(Shape, frozen=True):

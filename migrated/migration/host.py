@@ -173,6 +173,11 @@ def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
     return first_error(error) if isinstance(error, BaseExceptionGroup) else error
 
 
+def error_of(error: MigratedError | OSError) -> MigratedError:
+    """Return what operators are told."""
+    return error if isinstance(error, MigratedError) else MigratedError(str(error), error_id="host-io")
+
+
 E = TypeVar("E", bound=BaseException)
 
 

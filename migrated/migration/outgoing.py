@@ -24,7 +24,7 @@ from migrated.errors import (
     ProtocolError,
 )
 from migrated.migration.handshake import greet
-from migrated.migration.host import Host, first_error, insist, without_frames
+from migrated.migration.host import Host, error_of, first_error, insist, without_frames
 from migrated.migration.operator_pause import OperatorPause
 from migrated.migration.passes import Passes, Switch
 from migrated.migration.postcopy_source import Link, PostcopySource
@@ -155,7 +155,7 @@ class OutgoingMigration:
             unknown = self._switchover.handed_over or self._postcopy.committed
             self._failed(OutcomeUnknown("given up while waiting for the destination") if unknown else None)
         except (MigratedError, OSError) as error:
-            self._failed(error if isinstance(error, MigratedError) else MigratedError(str(error), error_id="host-io"))
+            self._failed(error_of(error))
         except Exception as error:  # the top of a job: a bug here must not leave a migration without an end
             self._host.log.exception("migration_bug")
             self._failed(MigratedError(f"internal error: {error!r}"))
@@ -198,7 +198,7 @@ class OutgoingMigration:
             try:
                 await self._over(dial, self._resume_phases)
             except (ChannelError, ProtocolError, OSError) as again:
-                error = again if isinstance(again, MigratedError) else MigratedError(str(again), error_id="host-io")
+                error = error_of(again)
             else:
                 return
 
