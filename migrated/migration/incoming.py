@@ -51,9 +51,6 @@ from migrated.wire.section import (
 
 #: The first byte of a stream's magic; a recovery begins with a command.
 STREAM_BEGIN = b"Q"
-#: How long, and how much, a refused source may go on sending before the connection is cut under it. Closing at once
-#: would reset the connection and could destroy the reason on its way.
-LINGER_S = 2.0
 
 
 class _OnlyAsked(Exception):
@@ -91,7 +88,7 @@ class IncomingMigration:
         self._mismatch: RemoteProtocolError | None = None
         """What the configuration said that does not fit: no section of this machine is loaded."""
         self._group: asyncio.TaskGroup | None = None
-        self._begun_at = host.clock()
+        self._begun_at = self._patient_since = host.clock()
         self._watchers: list[asyncio.Task[None]] = []
         self._package: bytes | None = None
         self.postcopy = PostcopyTarget(
@@ -199,18 +196,8 @@ class IncomingMigration:
         try:
             await self._link.return_path.shut(1, str(error))
             self._link.channel.shutdown_write()
-            await self._linger()
+            await self._link.linger()
         except ChannelError:
-            return
-
-    async def _linger(self) -> None:
-        """Swallow what a refused source still sends, until it closes."""
-        swallowed = memoryview(bytearray(1 << 16))
-        try:
-            async with asyncio.timeout(LINGER_S):
-                while await self._link.channel.receive_into(swallowed, deadline_s=LINGER_S):
-                    continue
-        except TimeoutError:
             return
 
     async def _cleanup(self) -> None:
@@ -256,9 +243,9 @@ class IncomingMigration:
         """Read elements until the end of the stream, a package, or RUN."""
         clock = asyncio.get_running_loop().time
         patience_s = PATIENCE * self._host.settings.silence_timeout_s()
-        begun_s = clock()
+        self._patient_since = clock()
         while True:
-            if not self.touched and clock() - begun_s > patience_s:
+            if not self.touched and clock() - self._patient_since > patience_s:
                 raise RemoteProtocolError(f"no section within {patience_s:g} s", expected="a machine", found="commands")
             stream.section = "between sections"
             if ahead is None:
@@ -368,10 +355,15 @@ class IncomingMigration:
 
     async def _asked(self, payload: bytes) -> None:
         """Answer a preflight. Where nothing follows, the source leaves: it has heard all there is to say."""
-        await self._preflight.take(payload, self._device_patience_s(), preempt=self.postcopy.has_second)
+        if not self._link.return_path.opened:
+            raise RemoteProtocolError("X_PREFLIGHT received with no return path", section="preflight")
+        # Where it is awaited here anyway, the connection for requested pages is as good as here.
+        preempt = self.postcopy.has_second or self.settings.enabled("postcopy-preempt")
+        await self._preflight.take(payload, preempt=preempt)
+        self._patient_since = asyncio.get_running_loop().time()
         if self._preflight.nothing_follows:
             with contextlib.suppress(ChannelError):
-                await self._linger()
+                await self._link.linger()
             raise _OnlyAsked if self._preflight.dry_run else PreflightBlocked(self._preflight.blockers)
 
     async def _description(self) -> None:

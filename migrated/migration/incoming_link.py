@@ -5,10 +5,16 @@ The rule of the file: whoever reads or answers asks the link each time; nobody k
 
 from __future__ import annotations
 
+import asyncio
+
 from migrated.migration.host import Settings
 from migrated.migration.return_path import PeerKind, ReturnPathWriter
 from migrated.stream.incoming import PATIENCE, IncomingStream
 from migrated.transport.channel import Channel
+
+#: How long, and how much, a refused source may go on sending before the connection is cut under it. Closing at once
+#: would reset the connection and could destroy the reason on its way.
+LINGER_S = 2.0
 
 
 class IncomingLink:
@@ -49,6 +55,16 @@ class IncomingLink:
         """Break the connection, and let go of what is buffered of it."""
         self.channel.abort()
         self.stream.close()
+
+    async def linger(self) -> None:
+        """Swallow what a refused source still sends, until it closes. Raises ChannelError."""
+        swallowed = memoryview(bytearray(1 << 16))
+        try:
+            async with asyncio.timeout(LINGER_S):
+                while await self.channel.receive_into(swallowed, deadline_s=LINGER_S):
+                    continue
+        except TimeoutError:
+            return
 
     async def close(self) -> None:
         """End the connection in order."""

@@ -73,8 +73,10 @@ async def preflight(
         f.put_buffer(encode_requirements(await _requirements(host, migration_id)))
         await f.drain()
         settings = host.settings
-        # The destination waits for workloads that are on their way; what it says then tells more than our silence.
-        patience_s = settings.seconds("x-migrated-answer-timeout") + settings.silence_timeout_s()
+        patience_s = settings.silence_timeout_s()
+        if migration_id:
+            # The destination waits for workloads that are on their way; what it says then tells more than our silence.
+            patience_s += settings.seconds("x-migrated-answer-timeout")
         answer = await return_path.wait_preflight(patience_s)
         blockers += answer.blockers
     return Verdict(tuple(blockers), verdict.peer, verdict.kind, answer)

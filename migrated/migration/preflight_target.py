@@ -35,17 +35,16 @@ class PreflightTarget:
         """True when the source has no reason to go on."""
         return self.dry_run or bool(blocking(self.blockers))
 
-    async def take(self, payload: bytes, patience_s: float, *, preempt: bool) -> None:
+    async def take(self, payload: bytes, *, preempt: bool) -> None:
         """Take a piece of what the source says; answer the last one. Raises RemoteProtocolError.
 
-        ``patience_s``: how long workloads that are still on their way are waited for; ``preempt``: the connection for
-        requested pages is here.
+        ``preempt``: the connection for requested pages is here.
         """
         if (raw := self._pieces.take(payload)) is None:
             return
         needs = parse_requirements(raw)
         self.dry_run = needs.dry_run
-        self.blockers = await self._check(needs, patience_s)
+        self.blockers = await self._check(needs)
         if not self.nothing_follows:
             self._host.settings.adopt(*adopted_settings(needs))
         host = self._host
@@ -71,7 +70,14 @@ class PreflightTarget:
             self._reserved_bytes = 0
             self._host.site.reserve(0)
 
-    async def _check(self, needs: Requirements, patience_s: float) -> list[Blocker]:
+    def _patience_s(self, needs: Requirements) -> float:
+        """Return how long workloads that are still on their way are waited for: the source does not wait for ever."""
+        answer_ms = needs.parameters.get("x-migrated-answer-timeout")
+        if not isinstance(answer_ms, int):
+            answer_ms = self._host.settings.parameters.integer("x-migrated-answer-timeout")
+        return min(self._host.attach_timeout_s, answer_ms / 2000)
+
+    async def _check(self, needs: Requirements) -> list[Blocker]:
         if not needs.dry_run:
             # Said before it is looked for: of two that want the same memory at once, at most one gets it.
             self._reserved_bytes = sum(block.used_bytes for block in needs.blocks)
@@ -80,9 +86,10 @@ class PreflightTarget:
         blockers = find_blockers(needs, facts)
         if not needs.dry_run and (found := blocking(blockers)) and all(blocker.id in WAITS for blocker in found):
             missing = {one.idstr for one in needs.sections if one.active and str(one) not in facts.versions}
+            blocks = [block.name for block in needs.blocks]
             # Whoever does not come, or leaves again: the next look says what is missing.
             with contextlib.suppress(WorkloadError):
-                await self._host.machine.wait_declared([block.name for block in needs.blocks], missing, patience_s)
+                await self._host.machine.wait_declared(blocks, missing, self._patience_s(needs))
             blockers = find_blockers(needs, await self._facts(needs))
         if blocking(blockers) and not needs.dry_run:
             self.release()
