@@ -34,6 +34,8 @@ _MORE = 1
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
 _Text = Annotated[str, msgspec.Meta(max_length=1024)]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+#: 64 TiB, as no block is larger; so a sum of them all still fits 64 bits.
+_Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 46)]
 _Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
 
 
@@ -41,9 +43,9 @@ class BlockNeed(msgspec.Struct, frozen=True):
     """One RAM block; ``used_bytes`` of it are not holes."""
 
     name: _Name
-    size_bytes: _Count
-    page_size: _Count
-    used_bytes: _Count = 0
+    size_bytes: _Size
+    page_size: _Size
+    used_bytes: _Size = 0
 
 
 class SectionNeed(msgspec.Struct, frozen=True):
