@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +17,7 @@ import typer
 from migrated.cli.display import choose_display
 from migrated.cli.exit_code import ExitCode
 from migrated.cli.output import Output
+from migrated.cli.ownership import ownership_lines, read_ownership, release, resolve, whoowns
 from migrated.cli.pki import pki
 from migrated.cli.postcopy import (
     AT_ONCE,
@@ -38,18 +40,18 @@ from migrated.cli.report import (
     arrival_object,
     format_address,
     not_needed_lines,
+    preflight_lines,
     recovery_lines,
-    release_lines,
-    release_object,
     report_lines,
     report_object,
     status_lines,
 )
-from migrated.cli.session import Json, Options, daemon, if_known, unknown_when_lost
+from migrated.cli.session import Json, Options, State, daemon, if_known, unknown_when_lost
 from migrated.cli.settings import format_value, parse_switches, parse_values
 from migrated.cli.snapshot import snapshot
 from migrated.cli.watch import Errand, Interrupts, counted_interrupts, wait_for_end, wait_for_load
 from migrated.control.client import QmpClient
+from migrated.errors import ChannelError, ConfigError
 
 app = typer.Typer(
     name="migratectl",
@@ -61,6 +63,9 @@ app = typer.Typer(
 )
 app.add_typer(snapshot)
 app.add_typer(pki)
+app.command()(whoowns)
+app.command()(release)
+app.command()(resolve)
 
 
 @app.callback()
@@ -72,19 +77,29 @@ def options(
     socket: Annotated[str | None, typer.Option(help="Path of the daemon's control socket.")] = None,
     as_json: Json = False,
 ) -> None:
-    ctx.obj = Options(socket or f"/run/migrated/{machine}/qmp.sock", as_json)
+    ctx.obj = Options(socket or f"/run/migrated/{machine}/qmp.sock", as_json, Path("/var/lib/migrated", machine))
 
 
 @app.command()
-def status(ctx: typer.Context, as_json: Json = False) -> None:
-    """Show the machine, who owns it, and the migration."""
-    with daemon(ctx, as_json) as (client, output):
-        state = client.execute("query-status")
+def status(ctx: typer.Context, state: State = None, as_json: Json = False) -> None:
+    """Show the machine, who owns it, and the migration. Without a daemon: what the record says (and exit code 3)."""
+
+    def from_disk(output: Output, error: ChannelError) -> None:
+        try:
+            ownership = read_ownership(state or ctx.obj.state)
+        except ConfigError as unreadable:
+            output.refusal(unreadable if state else error)
+        else:
+            output.refusal(error, {"ownership": ownership})
+            output.text(ownership_lines(ownership))
+
+    with daemon(ctx, as_json, from_disk) as (client, output):
+        run_state = client.execute("query-status")
         machine = if_known(client, "x-migrated-query-machine") or client.execute("query-name")
         ownership = if_known(client, "x-migrated-query-ownership")
         info = client.execute("query-migrate")
-        members = {"status": state, "machine": machine, "ownership": ownership, "migration": info}
-        output.result(members, status_lines(state, machine, ownership, info))
+        members = {"status": run_state, "machine": machine, "ownership": ownership, "migration": info}
+        output.result(members, status_lines(run_state, machine, ownership, info))
 
 
 class WithMoment(typer.core.TyperCommand):
@@ -107,6 +122,15 @@ def migrate(
         ),
     ] = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Return as soon as it has begun.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Only ask both sides what stands in the way. Not for a QEMU: it exits when nothing comes."
+        ),
+    ] = False,
+    request_id: Annotated[
+        str, typer.Option(help="The same id twice is one migration: the second call reports how the first one ends.")
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Move the machine away; wait for the end and report. Ctrl-C cancels, a second one, or one in postcopy, leaves."""
@@ -115,7 +139,11 @@ def migrate(
         if detach and moment not in (None, Moment(AT_ONCE)):
             raise ValueError("nobody waits for the moment with --detach: only --postcopy=at-once goes with it")
         with capability(client, moment is not None):
-            client.execute("migrate", {"uri": uri})
+            if dry_run:
+                verdict = client.execute("x-migrated-preflight", {"uri": uri})
+                output.result(verdict, preflight_lines(verdict, uri))
+                raise typer.Exit(ExitCode.DONE if verdict["ready"] else ExitCode.REFUSED)
+            client.execute("migrate", {"uri": uri} | ({"x-migrated-request-id": request_id} if request_id else {}))
             if not detach:
                 errand = Switch(client, moment) if moment is not None else None
                 raise typer.Exit(_follow(client, output, interrupts, errand))
@@ -250,34 +278,6 @@ def stop(ctx: typer.Context, as_json: Json = False) -> None:
 def cont(ctx: typer.Context, as_json: Json = False) -> None:
     """Let the machine go on, if this host owns it."""
     _run(ctx, as_json, "cont")
-
-
-@app.command()
-def release(ctx: typer.Context, as_json: Json = False) -> None:
-    """Let go of the memory of a machine that has moved away."""
-    with daemon(ctx, as_json) as (client, output):
-        before = client.execute("x-migrated-query-machine")
-        client.execute("x-migrated-release")
-        done = release_object(before, client.execute("x-migrated-query-machine"))
-        output.result(done, release_lines(done))
-
-
-@app.command()
-def resolve(
-    ctx: typer.Context,
-    peer_is_fenced: Annotated[
-        bool, typer.Option("--peer-is-fenced", help="I made sure that the other host cannot run the machine.")
-    ] = False,
-    peer_is_running: Annotated[
-        bool, typer.Option("--peer-is-running", help="I have seen that the machine runs at the other host.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Settle an unknown outcome by your word. A wrong word means two running copies, or a lost machine."""
-    if peer_is_fenced == peer_is_running:
-        raise typer.BadParameter("say exactly one of --peer-is-fenced and --peer-is-running")
-    arguments = {"peer-is-fenced": peer_is_fenced, "peer-is-running": peer_is_running}
-    _run(ctx, as_json, "x-migrated-resolve", arguments)
 
 
 @app.command()

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from migrated.errors import CommandError, MigratedError
 
@@ -25,10 +26,15 @@ class Output:
         for line in [json.dumps(value)] if self.as_json else lines:
             print(line, flush=True)
 
-    def refusal(self, error: MigratedError) -> None:
-        """Say why it did not go."""
+    def text(self, lines: Iterable[str]) -> None:
+        """Say something more to people."""
+        if not self.as_json:
+            self.result(None, lines)
+
+    def refusal(self, error: MigratedError, more: Mapping[str, object] = MappingProxyType({})) -> None:
+        """Say why it did not go; ``more`` is for programs."""
         if self.as_json:
             kind = error.qmp_class if isinstance(error, CommandError) else type(error).__name__
-            self.result({"error": {"class": kind, "desc": str(error)}})
+            self.result({"error": {"class": kind, "desc": str(error), "id": error.error_id}, **more})
         else:
-            print(f"migratectl: {error}", file=sys.stderr, flush=True)
+            print(f"migratectl: {error} [{error.error_id}]", file=sys.stderr, flush=True)

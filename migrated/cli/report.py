@@ -30,6 +30,9 @@ def report_object(info: Mapping[str, Any], code: ExitCode) -> dict[str, Any]:
         "exit-code": int(code),
         "outcome": _outcome(info, code),
         "error": info.get("error-desc"),
+        "error-id": info.get("x-migrated-error", {}).get("id"),
+        "blockers": info.get("x-migrated-blockers"),
+        "migration-id": info.get("x-migrated-migration-id"),
         "peer": info.get("x-migrated-peer"),
         "total-time": info.get("total-time"),
         "setup-time": info.get("setup-time"),
@@ -52,19 +55,19 @@ def report_lines(info: Mapping[str, Any], code: ExitCode, ownership: Mapping[str
         lines[0] += f" (peer {peer})"
     lines += _reason_lines(info, ownership)
     if "total-time" in info:
-        lines.append(_row("total time", format_ms(info["total-time"])))
+        lines.append(row("total time", format_ms(info["total-time"])))
     if "downtime" in info:
-        lines.append(_row("downtime", _downtime(info)))
+        lines.append(row("downtime", _downtime(info)))
     if passes := info.get("x-migrated-passes"):
-        lines.append(_row("passes", _passes(passes)))
+        lines.append(row("passes", _passes(passes)))
     if (ram := info.get("ram")) and ram.get("total"):
-        lines.append(_row("transferred", f"{format_bytes(ram['transferred'])} for {format_bytes(ram['total'])} of RAM"))
+        lines.append(row("transferred", f"{format_bytes(ram['transferred'])} for {format_bytes(ram['total'])} of RAM"))
     if (rate := throughput_bps(info)) is not None:
-        lines.append(_row("throughput", format_rate(rate)))
+        lines.append(row("throughput", format_rate(rate)))
     lines += _fault_lines(info)
     convergence = info.get("x-migrated-convergence", {})
     if code is not ExitCode.DONE and not convergence.get("converging", True):
-        lines.append(_row("convergence", describe_convergence(convergence)))
+        lines.append(row("convergence", describe_convergence(convergence)))
     return lines + next_step_lines(ownership) if code else lines
 
 
@@ -74,6 +77,7 @@ def arrival_object(info: Mapping[str, Any], code: ExitCode, status: Mapping[str,
         "status": info.get("status"),
         "exit-code": int(code),
         "error": info.get("error-desc"),
+        "error-id": info.get("x-migrated-error", {}).get("id"),
         "peer": info.get("x-migrated-peer"),
         "total-time": info.get("total-time"),
         "ram": info.get("ram", {}).get("total"),
@@ -92,9 +96,9 @@ def arrival_lines(
     else:
         lines = [f"The machine was not loaded from {peer}", *_reason_lines(info, ownership)]
     if "total-time" in info:
-        lines.append(_row("total time", format_ms(info["total-time"])))
+        lines.append(row("total time", format_ms(info["total-time"])))
     if total := info.get("ram", {}).get("total"):
-        lines.append(_row("memory", format_bytes(total)))
+        lines.append(row("memory", format_bytes(total)))
     return lines + next_step_lines(ownership) if code else lines
 
 
@@ -118,7 +122,7 @@ def release_lines(done: Mapping[str, Any]) -> list[str]:
 def next_step_lines(ownership: Mapping[str, Any]) -> list[str]:
     """What the operator may safely do next, where there is anything to do."""
     step = ownership.get("next-step")
-    return [_row("next step", step)] if step and step != "nothing" else []
+    return [row("next step", step)] if step and step != "nothing" else []
 
 
 def throughput_bps(info: Mapping[str, Any]) -> int | None:
@@ -132,29 +136,29 @@ def status_lines(
     status: Mapping[str, Any], machine: Mapping[str, Any], ownership: Mapping[str, Any], info: Mapping[str, Any]
 ) -> list[str]:
     """A machine's state for people; ``machine`` and ``ownership`` are empty where the socket is a QEMU's."""
-    lines = [_row("machine", f"{machine.get('name') or '(unnamed)'}, {status.get('status')}")]
+    lines = [row("machine", f"{machine.get('name') or '(unnamed)'}, {status.get('status')}")]
     lines += [
-        _row("block", f"{block['name']}, {format_bytes(block['size'])}, {_by(block['workloads'])}")
+        row("block", f"{block['name']}, {format_bytes(block['size'])}, {_by(block['workloads'])}")
         for block in machine.get("blocks", ())
     ]
     lines += [
-        _row("device", f"{device['id']}, instance {device['instance-id']}, {_by([device['workload']])}")
+        row("device", f"{device['id']}, instance {device['instance-id']}, {_by([device['workload']])}")
         for device in machine.get("devices", ())
     ]
     lines += [
-        _row(
+        row(
             "kept", f"{one['id']}, instance {one['instance-id']}, {format_bytes(one['size'])}, for a host that knows it"
         )
         for one in info.get("x-migrated-kept-sections", ())
     ]
     if ownership:
-        lines.append(_row("ownership", f"{ownership.get('record')}: {ownership.get('text')}"))
+        lines.append(row("ownership", f"{ownership.get('record')}: {ownership.get('text')}"))
     if (step := next_step(info, str(status.get("status")))) is not None:
-        lines.append(_row("next step", step))  # the record does not know how far the migration is
+        lines.append(row("next step", step))  # the record does not know how far the migration is
     else:
         lines += next_step_lines(ownership)
-    lines += [_row("waiting at", format_address(address)) for address in info.get("socket-address", ())]
-    lines.append(_row("migration", progress_line(read_progress(info))))
+    lines += [row("waiting at", format_address(address)) for address in info.get("socket-address", ())]
+    lines.append(row("migration", progress_line(read_progress(info))))
     lines += _fault_lines(info)
     return lines + _reason_lines(info, ownership)
 
@@ -167,8 +171,8 @@ def recovery_lines(info: Mapping[str, Any]) -> list[str]:
     lines = [f"Waiting for the source at {address}" for address in addresses]
     if re.match(r"tcp:(0\.0\.0\.0|\[::\]):", addresses[0]):
         port = addresses[0].rpartition(":")[2]
-        return [*lines, _row("next step", f"at the source: `migratectl recover tcp:THIS-HOST:{port}`")]
-    return [*lines, _row("next step", f"at the source: `migratectl recover {addresses[0]}`")]
+        return [*lines, row("next step", f"at the source: `migratectl recover tcp:THIS-HOST:{port}`")]
+    return [*lines, row("next step", f"at the source: `migratectl recover {addresses[0]}`")]
 
 
 def format_address(address: Mapping[str, Any]) -> str:
@@ -185,22 +189,49 @@ def format_address(address: Mapping[str, Any]) -> str:
 
 def _reason_lines(info: Mapping[str, Any], ownership: Mapping[str, Any]) -> list[str]:
     """Why it failed, without the next step, which has a line of its own."""
+    if blockers := info.get("x-migrated-blockers"):
+        return blocker_lines(blockers)
     reason = str(info.get("error-desc") or "").removesuffix(f". Next: {ownership.get('next-step')}")
-    return [_row("reason", reason)] if reason else []
+    error_id = info.get("x-migrated-error", {}).get("id")
+    return [row("reason", f"{reason} [{error_id}]" if error_id else reason)] if reason else []
+
+
+def blocker_lines(blockers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What stands in the way of a migration, each with what takes it away."""
+    lines = []
+    for one in blockers:
+        lines.append(row("warning" if one["warning"] else "blocker", f"{one['side']}: {one['text']} [{one['id']}]"))
+        lines.append(row("", f"next: {one['next-step']}"))
+    return lines
+
+
+def preflight_lines(verdict: Mapping[str, Any], uri: str) -> list[str]:
+    """What both sides say before anything moves."""
+    blockers = verdict["blockers"]
+    if verdict["ready"]:
+        lines = [f"Ready: nothing stands in the way of a migration to {uri}"]
+    else:
+        count = sum(not one["warning"] for one in blockers)
+        lines = [f"Not ready: {count} {'blocker' if count == 1 else 'blockers'} to a migration to {uri}"]
+    if (destination := verdict.get("destination")) is not None:
+        lines.append(row("destination", f"{destination['name']}, {destination['tool']}"))
+    elif verdict["ready"]:
+        lines.append(row("note", "the peer does not know how to be asked: only this side was checked"))
+    return lines + blocker_lines(blockers)
 
 
 def _fault_lines(info: Mapping[str, Any]) -> list[str]:
     """What postcopy has cost, where there was one."""
-    lines = [_row("faults", describe_faults(info["x-migrated-faults"]))] if "x-migrated-faults" in info else []
+    lines = [row("faults", describe_faults(info["x-migrated-faults"]))] if "x-migrated-faults" in info else []
     blocktime = describe_blocktime(info)
-    return [*lines, _row("blocked", blocktime)] if blocktime else lines
+    return [*lines, row("blocked", blocktime)] if blocktime else lines
 
 
 def not_needed_lines(info: Mapping[str, Any], code: ExitCode, *, wanted: bool) -> list[str]:
     """Say that a postcopy which was asked for did not take place. A QEMU's faults are not known."""
     if not wanted or code is not ExitCode.DONE or "x-migrated-faults" in info or "x-migrated-passes" not in info:
         return []
-    return [_row("postcopy", "not needed: what was left fitted the downtime limit")]
+    return [row("postcopy", "not needed: what was left fitted the downtime limit")]
 
 
 def _outcome(info: Mapping[str, Any], code: ExitCode) -> str:
@@ -227,5 +258,6 @@ def _by(workloads: Sequence[str]) -> str:
     return f"workload {', '.join(workloads)}" if workloads else "no workload"
 
 
-def _row(name: str, value: object) -> str:
+def row(name: str, value: object) -> str:
+    """A line of a report."""
     return f"  {name:<12} {value}"

@@ -5,9 +5,10 @@ The rule of the file: what a refusal and a lost daemon mean for the exit status 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -19,6 +20,10 @@ from migrated.errors import ChannelError, CommandError, MigratedError
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
+State = Annotated[
+    Path | None, typer.Option(help="The daemon's state directory ([paths] state); default /var/lib/migrated/MACHINE.")
+]
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -26,17 +31,24 @@ class Options:
 
     socket: str
     as_json: bool
+    state: Path
+    """Where the daemon keeps the ownership record, if its configuration does not say otherwise."""
 
 
 @contextmanager
-def daemon(ctx: typer.Context, as_json: bool) -> Iterator[tuple[QmpClient, Output]]:
+def daemon(
+    ctx: typer.Context, as_json: bool, when_lost: Callable[[Output, ChannelError], None] | None = None
+) -> Iterator[tuple[QmpClient, Output]]:
     """Connect; whatever the daemon refuses, and a daemon that cannot be reached, ends the program with 3."""
     output = Output(as_json or ctx.obj.as_json)
     try:
         with QmpClient(ctx.obj.socket) as client:
             yield client, output
     except (CommandError, ChannelError) as error:
-        output.refusal(error)
+        if when_lost is not None and isinstance(error, ChannelError):
+            when_lost(output, error)
+        else:
+            output.refusal(error)
         raise typer.Exit(ExitCode.REFUSED) from error
     except ValueError as error:  # a word on the command line that cannot be understood
         raise typer.BadParameter(str(error)) from error

@@ -109,7 +109,8 @@ def _run(ctx: typer.Context, as_json: bool, words: Words, tag: str) -> None:
         client.execute("job-dismiss", {"id": job_id})
         code = _judge(client, job)
         value = {"tag": tag, "job": job, "exit-code": int(code)}
-        error = job.get("error")
+        if error := job.get("error"):
+            error += f" [{job['x-migrated-error']['id']}]" if "x-migrated-error" in job else ""
         output.result(value, [f"{words.done} '{tag}'" if error is None else f"'{tag}' was {words.failed}: {error}"])
         raise typer.Exit(code)
 

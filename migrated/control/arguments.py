@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import inspect
 
-from migrated.errors import CommandError
+from migrated.errors import ArgumentError
 
 ShapeT = TypeVar("ShapeT", bound=msgspec.Struct)
 
@@ -23,7 +23,7 @@ _C_TYPE = {0xFF: "uint8_t", 0xFFFF_FFFF: "uint32_t"}  # QEMU names the C type of
 
 
 def convert_arguments(shape: type[ShapeT], arguments: Mapping[str, object]) -> ShapeT:
-    """Build ``shape`` from a command's arguments. Raises CommandError with QEMU's text for the first thing wrong."""
+    """Build ``shape`` from a command's arguments. Raises ArgumentError with QEMU's text for the first thing wrong."""
     return shape(**_convert_members(_struct_type(shape), arguments, ""))
 
 
@@ -41,11 +41,11 @@ def _convert_members(shape: inspect.StructType, members: Mapping[str, object], p
         if field.encode_name in members:
             known[field.name] = _convert(field.type, members[field.encode_name], path)
         elif field.required:
-            raise CommandError(f"Parameter '{path}' is missing")
+            raise ArgumentError(f"Parameter '{path}' is missing")
     expected = {field.encode_name for field in shape.fields}
     for name in members:
         if name not in expected:
-            raise CommandError(f"Parameter '{prefix}{name}' is unexpected")
+            raise ArgumentError(f"Parameter '{prefix}{name}' is unexpected")
     return known
 
 
@@ -75,7 +75,7 @@ def _convert(expected: inspect.Type, value: object, path: str) -> object:
 
 def _checked(value: object, wanted: type[Any], name: str, path: str) -> Any:
     if not isinstance(value, wanted):
-        raise CommandError(f"Invalid parameter type for '{path}', expected: {name}")
+        raise ArgumentError(f"Invalid parameter type for '{path}', expected: {name}")
     return value
 
 
@@ -83,11 +83,11 @@ def _convert_integer(expected: inspect.IntType, value: object, path: str) -> int
     """All integers that arrive are unsigned. As in QEMU, negative ones wrap around into 64 bits, not into fewer."""
     highest = UINT64_MAX if expected.le is None else expected.le
     if not isinstance(value, int) or isinstance(value, bool):
-        raise CommandError(f"Parameter '{path}' expects uint64")
+        raise ArgumentError(f"Parameter '{path}' expects uint64")
     if highest == UINT64_MAX and -(1 << 63) <= value < 0:
         return value + (1 << 64)
     if not 0 <= value <= highest:
-        raise CommandError(f"Parameter '{path}' expects {_C_TYPE.get(highest, 'uint64')}")
+        raise ArgumentError(f"Parameter '{path}' expects {_C_TYPE.get(highest, 'uint64')}")
     return value
 
 
@@ -97,11 +97,11 @@ def _convert_choice(expected: inspect.EnumType, value: object, path: str) -> obj
         return expected.cls(text)
     except ValueError:
         # QEMU names the member only, without the way to it; of a list's element it says 'null', which helps nobody.
-        raise CommandError(f"Parameter '{path.rpartition('.')[2]}' does not accept value '{text}'") from None
+        raise ArgumentError(f"Parameter '{path.rpartition('.')[2]}' does not accept value '{text}'") from None
 
 
 def _convert_alternative(value: object, path: str) -> object:
     """The only alternative among arguments is a string or null, which QEMU calls by this name."""
     if value is None or isinstance(value, str):
         return value
-    raise CommandError(f"Invalid parameter type for '{path}', expected: StrOrNull")
+    raise ArgumentError(f"Invalid parameter type for '{path}', expected: StrOrNull")

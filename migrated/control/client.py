@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
+from migrated.error_ids import ERROR_IDS
 from migrated.errors import ChannelClosed, ChannelTimeout, CommandError
 from migrated.wire import qmp
 
@@ -127,5 +128,9 @@ class QmpClient:
 
 def _result(answer: Mapping[str, Any]) -> Any:
     if "error" in answer:
-        raise CommandError(str(answer["error"].get("desc")), str(answer["error"].get("class")))
+        error = answer["error"]
+        known = error.get("x-migrated-error", {}).get("id")
+        # A newer daemon may have ids that are not known here, and a QEMU has none.
+        error_id = known if known in ERROR_IDS else ""
+        raise CommandError(str(error.get("desc")), str(error.get("class")), error_id=error_id)
     return answer["return"]

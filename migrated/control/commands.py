@@ -8,6 +8,7 @@ table does not exist; one that QEMU has and this version lacks is named in `NOT_
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +19,7 @@ import msgspec
 from migrated.control import shapes
 from migrated.control.machine_info import describe_machine
 from migrated.control.ports import Services, SessionPort
+from migrated.control.problem_shapes import PreflightInfo
 from migrated.control.schema import build_schema
 from migrated.control.settings import (
     MigrateSetCapabilitiesArguments,
@@ -25,11 +27,14 @@ from migrated.control.settings import (
     MigrationCapabilityStatus,
     MigrationParameters,
 )
-from migrated.errors import CommandError
+from migrated.errors import ArgumentError, CommandError
 from migrated.model.runstate import RunState
 
 VERSION: Final[dict[str, object]] = {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": "migrated 0.1.0"}
 """The QEMU version is the dialect spoken, on this socket and on the wire; the package is what really runs."""
+
+REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+"""It becomes the migration's id, and stands in records and logs."""
 
 NIL_UUID: Final = "00000000-0000-0000-0000-000000000000"
 
@@ -107,8 +112,15 @@ async def _quit(call: Call, _: shapes.NoArguments) -> object:
 async def _migrate(call: Call, arguments: shapes.MigrateArguments) -> object:
     if arguments.blk or arguments.inc:
         raise CommandError("Block migration ('blk', 'inc') is not implemented by this version of migrated")
-    await call.services.migrator.migrate(arguments.uri, resume=arguments.resume)
+    request_id = arguments.x_migrated_request_id
+    if request_id and not REQUEST_ID.fullmatch(request_id):
+        raise ArgumentError("Parameter 'x-migrated-request-id' expects 1 to 64 letters, digits, '.', '_' or '-'")
+    await call.services.migrator.migrate(arguments.uri, resume=arguments.resume, request_id=request_id)
     return {}
+
+
+async def _preflight(call: Call, arguments: shapes.UriArguments) -> object:
+    return await call.services.migrator.preflight(arguments.uri)
 
 
 async def _migrate_cancel(call: Call, _: shapes.NoArguments) -> object:
@@ -176,7 +188,7 @@ async def _getfd(call: Call, arguments: shapes.FdNameArguments) -> object:
 
 
 async def _closefd(call: Call, arguments: shapes.FdNameArguments) -> object:
-    call.services.migrator.descriptors.remove(arguments.fdname)
+    call.services.migrator.descriptors.close(arguments.fdname)
     return {}
 
 
@@ -266,6 +278,7 @@ _ROWS = (
     Command("job-dismiss", _job_dismiss, shapes.JobArguments),
     Command("getfd", _getfd, shapes.FdNameArguments),
     Command("closefd", _closefd, shapes.FdNameArguments),
+    Command("x-migrated-preflight", _preflight, shapes.UriArguments, result=PreflightInfo),
     Command("x-migrated-release", _release),
     Command("x-migrated-resolve", _resolve, shapes.ResolveArguments),
     Command("x-migrated-query-ownership", _query_ownership, result=shapes.OwnershipInfo),

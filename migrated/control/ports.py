@@ -34,8 +34,12 @@ class MigratorPort(Protocol):
         """Change all or none. Raises CommandError."""
         ...
 
-    async def migrate(self, uri: str, *, resume: bool = False) -> None:
-        """Start an outgoing migration; returns once it is accepted."""
+    async def migrate(self, uri: str, *, resume: bool = False, request_id: str = "") -> None:
+        """Start an outgoing migration; returns once it is accepted. The same request id twice is one migration."""
+        ...
+
+    async def preflight(self, uri: str) -> dict[str, object]:
+        """What x-migrated-preflight returns: everything at both ends that stands in the way. Nothing is moved."""
         ...
 
     async def cancel(self) -> None: ...
@@ -96,7 +100,7 @@ class DescriptorsPort(Protocol):
         """Keep ``fd`` (owned from here on, also when this raises) under a name."""
         ...
 
-    def remove(self, name: str) -> None: ...
+    def close(self, name: str) -> None: ...
 
 
 class SnapshotsPort(Protocol):

@@ -113,7 +113,7 @@ class Session:
             return
         match event:
             case qmp.Malformed(desc):
-                await self._send(qmp.encode_error("GenericError", desc))
+                await self._send(_refusal(CommandError(desc, error_id="argument-invalid"), qmp.ABSENT))
             case qmp.Message(value):
                 await self._send(await self._answer(value))
 
@@ -136,24 +136,33 @@ class Session:
         ident = value.get("id", qmp.ABSENT) if isinstance(value, dict) else qmp.ABSENT
         try:
             return qmp.encode_return(await self._execute(check_request(value)), ident)
-        except CommandError as error:
-            return qmp.encode_error(error.qmp_class, str(error), ident)
         except MigratedError as error:
-            return qmp.encode_error("GenericError", str(error), ident)
+            self._log.info("qmp_command_refused", error=str(error), error_id=error.error_id)
+            return _refusal(error, ident)
         except Exception as error:  # noqa: BLE001 - the top of a session: a bug in a command must not end the socket
-            self._log.exception("qmp_command_crashed")
-            return qmp.encode_error("GenericError", f"Internal error: {type(error).__name__}: {error}", ident)
+            self._log.exception("qmp_command_crashed", error_id="internal")
+            return _refusal(MigratedError(f"Internal error: {type(error).__name__}: {error}"), ident)
 
     async def _execute(self, request: Request) -> object:
         if not self.negotiated and request.name != "qmp_capabilities":
-            raise CommandError("Expecting capabilities negotiation with 'qmp_capabilities'", "CommandNotFound")
+            raise CommandError(
+                "Expecting capabilities negotiation with 'qmp_capabilities'",
+                "CommandNotFound",
+                error_id="command-unknown",
+            )
         if self.negotiated and request.name == "qmp_capabilities":
-            raise CommandError("Capabilities negotiation is already complete, command ignored", "CommandNotFound")
+            raise CommandError(
+                "Capabilities negotiation is already complete, command ignored",
+                "CommandNotFound",
+                error_id="command-unknown",
+            )
         command = COMMANDS.get(request.name)
         if command is None:
             if request.name in NOT_IMPLEMENTED:
-                raise CommandError(f"{request.name} is not implemented by this version of migrated")
-            raise CommandError(f"The command {request.name} has not been found", "CommandNotFound")
+                text = f"{request.name} is not implemented by this version of migrated"
+                raise CommandError(text, error_id="command-unknown")
+            text = f"The command {request.name} has not been found"
+            raise CommandError(text, "CommandNotFound", error_id="command-unknown")
         arguments = convert_arguments(command.arguments, request.arguments)
         return await command.run(Call(self._services, self), arguments)
 
@@ -187,6 +196,13 @@ class Session:
     def _shut(self, how: int) -> None:
         with contextlib.suppress(OSError):  # the client went away first
             self._connection.sock.shutdown(how)
+
+
+def _refusal(error: MigratedError, ident: object) -> bytes:
+    refused = isinstance(error, CommandError)
+    known = "nothing was changed" if refused else "what the command had begun may be half done"
+    qmp_class = error.qmp_class if isinstance(error, CommandError) else "GenericError"
+    return qmp.encode_error(qmp_class, str(error), ident, {"x-migrated-error": error.explain("command", known)})
 
 
 def check_request(value: object) -> Request:

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from migrated.control.problem_shapes import BlockerInfo, ErrorInfo, PeerInfo
 from migrated.model.job import JobStatus, JobType
 from migrated.model.runstate import RunState
 from migrated.model.status import MigrationStatus
@@ -46,6 +47,8 @@ class MigrateArguments(Shape, frozen=True):
     inc: bool = False
     detach: bool = False
     resume: bool = False
+    x_migrated_request_id: str = ""
+    """The same id twice is one migration."""
 
 
 class UriArguments(Shape, frozen=True):
@@ -216,18 +219,6 @@ class MigrationOutcome(StrEnum):
     UNKNOWN = "unknown"
 
 
-class PeerKind(StrEnum):
-    UNKNOWN = "unknown"
-    MIGRATED = "migrated"
-    QEMU = "qemu"
-    FILE = "file"
-
-
-class PeerInfo(Shape, frozen=True):
-    address: str
-    kind: PeerKind
-
-
 class LatencyInfo(Shape, frozen=True):
     """Latencies of one class of faults; bucket N counts those in [2^N, 2^(N+1)) microseconds."""
 
@@ -280,6 +271,8 @@ class MigrationInfo(Shape, frozen=True):
     x_migrated_migration_id: str | UnsetType = UNSET
     x_migrated_peer: PeerInfo | UnsetType = UNSET
     x_migrated_kept_sections: list[KeptSectionInfo] | UnsetType = UNSET
+    x_migrated_error: ErrorInfo | UnsetType = UNSET
+    x_migrated_blockers: list[BlockerInfo] | UnsetType = UNSET
 
 
 class OwnershipInfo(Shape, frozen=True):
@@ -330,6 +323,7 @@ class JobInfo(Shape, frozen=True):
     current_progress: int
     total_progress: int
     error: str | UnsetType = UNSET
+    x_migrated_error: ErrorInfo | UnsetType = UNSET
 
 
 class SnapshotBlockInfo(Shape, frozen=True):

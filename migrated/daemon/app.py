@@ -31,6 +31,7 @@ from migrated.daemon.lock import StateLock
 from migrated.daemon.log import configure_log
 from migrated.daemon.notify import Notifier
 from migrated.daemon.record import FileRecordStore
+from migrated.daemon.site import HostSite
 from migrated.daemon.trust import TrustKeeper, check_trust
 from migrated.daemon.workload_command import WorkloadCommand
 from migrated.devices.attached import register_device, unregister_device
@@ -57,6 +58,7 @@ from migrated.savevm.iothread_lock import IothreadLock
 from migrated.savevm.registry import SaveVMRegistry
 from migrated.wire.ram import RAM_VERSION
 
+TOOL = str(VERSION["package"])
 EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h, as systemd shows it
 EXIT_FAILURE = 1
 
@@ -145,6 +147,7 @@ class Daemon:
             global_state=register_global_state(registry),
             kept=KeptSections(registry),
             settings=settings,
+            site=HostSite(self._state, self._runtime, machine.ram_blocks, TOOL),
             completeness=[load.check_complete],
             postcopy_save=save,
             postcopy_load=load,
@@ -159,9 +162,7 @@ class Daemon:
             host, outgoing, incoming, jobs.create_task, snapshot_jobs, config.migration.allow, self._trust.current
         )
         relay.target = migrator.emit
-        store = SnapshotStore(self._state / "snapshots")
-        store.clear()
-        snapshots = SnapshotHost(host, store, hash_content, outgoing, incoming, tool=str(VERSION["package"]))
+        snapshots = SnapshotHost(host, self._snapshot_store(), hash_content, outgoing, incoming, tool=TOOL)
         shots = Snapshots(snapshots, snapshot_jobs, lambda: migrator.busy)
         services = Services(migrator, shots, machine, lambda: self.stop("host-qmp-quit"))
         await self._open_sockets(stack, services, machine, migrator)
@@ -189,6 +190,11 @@ class Daemon:
             # To look at a mapping is to register it anew, and that would let go of who waits there: with zeros.
             machine.bar(ownership.text())
         return machine
+
+    def _snapshot_store(self) -> SnapshotStore:
+        store = SnapshotStore(self._state / "snapshots")
+        store.clear()
+        return store
 
     async def _initial_run_state(self, ownership: Ownership) -> RunState:
         """Decide what this host is, from its record first and its configuration second."""
@@ -298,12 +304,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         inherited = take_inherited(incoming)
         uvloop.run(_serve(config, incoming, log, inherited, arguments.config))
     except (ConfigError, TlsError) as error:
-        log.error("cannot_start", error=str(error))
+        log.error("cannot_start", error=str(error), error_id=id_of(error))
         return EXIT_CONFIG
     except (MigratedError, OSError) as error:
-        log.error("cannot_start", error=str(error))
+        log.error("cannot_start", error=str(error), error_id=id_of(error))
         return EXIT_FAILURE
     return 0
+
+
+def id_of(error: MigratedError | OSError) -> str:
+    """Return the id of whatever keeps a daemon from starting."""
+    return error.error_id if isinstance(error, MigratedError) else "host-io"
 
 
 async def _serve(

@@ -10,9 +10,12 @@ import asyncio
 
 from migrated.errors import ChannelError, RemoteProtocolError
 from migrated.migration.host import Host
+from migrated.migration.return_path import FIRST_PING, PeerKind, ReturnPathReader
 from migrated.stream.incoming import IncomingStream
+from migrated.stream.outgoing import OutgoingStream
 from migrated.transport.channel import Channel, SocketChannel
 from migrated.transport.tls_problem import TlsProblem
+from migrated.wire.command import PEER_PING, Command, ping_payload
 from migrated.wire.return_path import encode_reason, encode_shut
 from migrated.wire.section import Configuration, parse_preamble, parse_stream_header
 
@@ -42,6 +45,19 @@ async def begins_stream(channel: Channel, host: Host) -> bool:
         return False  # nobody
 
 
+async def greet(f: OutgoingStream, return_path: ReturnPathReader | None, host: Host) -> PeerKind:
+    """Write how a stream begins, and find out who is there. Raises what `wait_kind` raises."""
+    f.put_preamble(own_configuration(host))
+    if return_path is None:
+        await f.drain()
+        return PeerKind.UNKNOWN
+    f.put_command(Command.OPEN_RETURN_PATH)
+    f.put_command(Command.PING, ping_payload(PEER_PING))
+    f.put_command(Command.PING, ping_payload(FIRST_PING))
+    await f.drain()
+    return await return_path.wait_kind(host.settings.silence_timeout_s())
+
+
 def own_configuration(host: Host) -> Configuration:
     """Return what a stream of this host's machine says about it."""
     uuid = host.machine.uuid if host.settings.enabled("validate-uuid") else None
@@ -50,6 +66,17 @@ def own_configuration(host: Host) -> Configuration:
 
 async def read_preamble(stream: IncomingStream, host: Host) -> int:
     """Read header and configuration; return the first element's type byte. Raises RemoteProtocolError."""
+    first, mismatch = await read_any_preamble(stream, host)
+    if mismatch is not None:
+        raise mismatch
+    return first
+
+
+async def read_any_preamble(stream: IncomingStream, host: Host) -> tuple[int, RemoteProtocolError | None]:
+    """Do the same, and return instead of raising why a machine with this configuration cannot be loaded here.
+
+    A source that asks first is to hear everything that stands in its way, not only that.
+    """
     limit_s = host.settings.silence_timeout_s()
     try:
         async with asyncio.timeout(limit_s):
@@ -63,8 +90,12 @@ async def read_preamble(stream: IncomingStream, host: Host) -> int:
         raise RemoteProtocolError(
             f"no complete stream header and configuration within {limit_s:g} s", offset=stream.offset
         ) from error
-    check_configuration(configuration, host)
-    return first
+    try:
+        check_configuration(configuration, host)
+    except RemoteProtocolError as error:
+        error.offset = stream.offset
+        return first, error
+    return first, None
 
 
 def check_configuration(configuration: Configuration, host: Host) -> None:

@@ -6,19 +6,19 @@ The rule of the file: only contracts (savevm) and callbacks; the composition roo
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from structlog.typing import FilteringBoundLogger
 
-from migrated.errors import CommandError
+from migrated.errors import CommandError, MigratedError
 from migrated.migration.ownership import Ownership
 from migrated.model.handover import Hold
 from migrated.model.parameters import Capabilities, Parameters
 from migrated.model.runstate import RunState
 from migrated.savevm.iothread_lock import IothreadLock
-from migrated.savevm.ports import MachinePort, PostcopyLoadPort, PostcopySavePort
+from migrated.savevm.ports import MachinePort, PostcopyLoadPort, PostcopySavePort, RamBlockPort
 from migrated.savevm.registry import SaveVMRegistry
 from migrated.stream.incoming import IncomingStream
 from migrated.wire.section import SectionHeader
@@ -49,6 +49,33 @@ class KeptSectionsPort(Protocol):
     def describe(self) -> list[dict[str, object]]: ...
 
 
+class SitePort(Protocol):
+    """The host that a daemon runs on, as far as a migration must know it beforehand."""
+
+    tool: str
+    """Name and version of this program."""
+
+    def clock_ms(self) -> int:
+        """Return the wall clock, in ms since the epoch: to be compared, never to measure time."""
+        ...
+
+    def used_bytes(self, block: RamBlockPort) -> int:
+        """Return how much of a block is not a hole."""
+        ...
+
+    def free_bytes(self) -> int:
+        """Return how much memory an arriving machine can have, without what others have reserved."""
+        ...
+
+    def reserve(self, size_bytes: int) -> None:
+        """Have others on this host keep away from that much memory, for a limited time; 0 ends it."""
+        ...
+
+    def record_obstacles(self) -> list[MigratedError]:
+        """Return what stands against writing the ownership record."""
+        ...
+
+
 @dataclass(slots=True)
 class Settings:
     """Capabilities and parameters as they are now; values are replaced, never changed in place."""
@@ -63,6 +90,15 @@ class Settings:
     def enabled(self, capability: str) -> bool:
         """Return whether a capability is on."""
         return bool(self.capabilities.get(capability))
+
+    def copy(self) -> Settings:
+        """Return settings of one migration, which begin as these."""
+        return Settings(self.capabilities, self.parameters)
+
+    def adopt(self, capabilities: Mapping[str, bool], parameters: Mapping[str, object]) -> None:
+        """Do as the source does. Raises CommandError for what is unknown here."""
+        self.capabilities = self.capabilities.replace(capabilities)
+        self.parameters = self.parameters.replace(parameters)
 
     def silence_timeout_s(self) -> float:
         """Return how long a peer may be silent inside an element."""
@@ -80,6 +116,7 @@ class Host:
     global_state: GlobalStatePort
     kept: KeptSectionsPort
     settings: Settings
+    site: SitePort
     completeness: Sequence[Callable[[], None]]
     """Each raises RemoteProtocolError when a stream has ended and something is missing."""
     postcopy_save: PostcopySavePort
@@ -94,11 +131,36 @@ def require_machine_here(host: Host) -> None:
     """Raise CommandError unless this host has the machine, whole, and may send or save it."""
     ownership, run_state = host.ownership, host.machine.run_state
     if ownership.outcome_unknown or ownership.record.hold is Hold.INCOMPLETE:
-        raise CommandError(f"{ownership.text()}. Next: {ownership.next_step()}")
+        raise CommandError(f"{ownership.text()}. Next: {ownership.next_step()}", error_id="not-owner")
     if run_state is RunState.INMIGRATE:
         raise CommandError("Guest is waiting for an incoming migration")
     if run_state is RunState.POSTMIGRATE:
         raise CommandError("Can't migrate the vm that was paused due to previous migration")
+
+
+def require_something(host: Host, handlers: Sequence[str]) -> None:
+    """Raise CommandError where there is nothing that could be sent."""
+    if not handlers and not host.machine.ram_blocks():
+        raise CommandError(
+            f"there is nothing to migrate: machine '{host.machine.name}' has no RAM block and no device here."
+            " Next: start its workload, which attaches to this daemon, or load a handler ([handlers] load)",
+            error_id="nothing-to-migrate",
+        )
+
+
+async def let_go_of_memory(host: Host) -> None:
+    """Let go of the memory of a machine that moved away, or came only in part. Raises CommandError."""
+    ownership = host.ownership
+    if ownership.record.hold not in (Hold.MOVED, Hold.PARTIAL, Hold.INCOMPLETE):
+        raise CommandError("only the memory of a machine that moved away, or came only in part, can be released")
+    if ownership.record.hold is not Hold.MOVED:
+        mappings = [mapping for block in host.machine.ram_blocks() for mapping in block.mappings]
+        if names := ", ".join(sorted({mapping.workload for mapping in mappings})):
+            raise CommandError(f"the memory is still mapped by {names}. Next: end it, then release again")
+        await ownership.become(Hold.NONE)
+        host.machine.set_run_state(RunState.INMIGRATE)
+    await host.machine.release()
+    host.kept.forget()
 
 
 async def resume_machine(host: Host, previous: RunState) -> None:
@@ -127,6 +189,11 @@ def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """Return the error that a task group is about."""
     error = group.exceptions[0]
     return first_error(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+def error_of(error: MigratedError | OSError) -> MigratedError:
+    """Return what operators are told."""
+    return error if isinstance(error, MigratedError) else MigratedError(str(error), error_id="host-io")
 
 
 E = TypeVar("E", bound=BaseException)

@@ -13,7 +13,9 @@ runs here only after SHUT 0 was sent *and* the source ended the connection in or
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 from migrated.errors import (
@@ -22,16 +24,18 @@ from migrated.errors import (
     MigratedError,
     MigrationCancelled,
     OutcomeUnknown,
+    PreflightBlocked,
     RemoteProtocolError,
 )
-from migrated.migration.announcement import Announcement
 from migrated.migration.handover import TargetHandover
-from migrated.migration.handshake import read_preamble
-from migrated.migration.host import OPTIONAL_SECTIONS, Host, first_error, insist, without_frames
+from migrated.migration.handshake import read_any_preamble
+from migrated.migration.host import Host, Settings, first_error, insist, without_frames
 from migrated.migration.incoming_link import IncomingLink
 from migrated.migration.postcopy_target import PostcopyTarget
+from migrated.migration.preflight_target import PreflightTarget
 from migrated.migration.progress import Progress
-from migrated.migration.return_path import SETUP_PING, PeerKind
+from migrated.migration.return_path import PeerKind
+from migrated.migration.section_reader import SectionReader
 from migrated.migration.source_word import Answered, SourceWord
 from migrated.migration.take_over import TakeOver
 from migrated.model.handover import Event, Hold
@@ -46,9 +50,11 @@ from migrated.wire.section import (
     EndOfFile,
     SectionHeader,
     parse_element,
-    parse_footer,
-    parse_vmdescription_length,
 )
+
+
+class _OnlyAsked(Exception):
+    """The source has heard whether it could come, and is gone."""
 
 
 class IncomingMigration:
@@ -65,7 +71,8 @@ class IncomingMigration:
         before: IncomingMigration | None = None,
         on_begin: Callable[[], None] = lambda: None,
     ) -> None:
-        self._host = host
+        # The source's settings take the place of this host's for one migration.
+        self._host = host = replace(host, settings=host.settings.copy())
         self._before = before
         """One that is still here, and is not heard any more: this connection may be about it, or take its place."""
         self._on_begin = on_begin
@@ -73,26 +80,28 @@ class IncomingMigration:
         self.migration_id = migration_id
         self.status = StatusCell(INCOMING, self._status_changed)
         self.error: MigratedError | None = None
+        self.failed_in = MigrationStatus.NONE
+        """The status in which it failed."""
         self.touched = False
         """True once memory or devices of this host may have been overwritten."""
+        self.only_asked = False
+        """True when the source wanted to know whether it could come, and nothing else."""
         self.peer = channel.peer
         self.peer_names = names_of(channel)
         """What the source has proven to be called: a paused migration goes on with that one only."""
         self._link = IncomingLink(channel, host.settings)
-        self._announcement = Announcement(host)
+        self._sections = SectionReader(host, self._link)
+        self._preflight = PreflightTarget(host, self._link)
         self._take_over = TakeOver(host, self._link, migration_id, autostart)
         self.handover = TargetHandover(host)
         self._word = SourceWord(
-            host,
-            self._link,
-            self._take_over,
-            self.handover,
-            before,
-            command=self._command,
-            on_alone=self._go_alone,
+            host, self._link, self._take_over, self.handover, before, command=self._command, on_alone=self._go_alone
         )
+        self._mismatch: RemoteProtocolError | None = None
+        """What the configuration said that does not fit: no section of this machine is loaded."""
         self._group: asyncio.TaskGroup | None = None
-        self._watcher: asyncio.Task[None] | None = None
+        self._begun_at = self._patient_since = host.clock()
+        self._watchers: list[asyncio.Task[None]] = []
         self._package: bytes | None = None
         self.postcopy = PostcopyTarget(
             host,
@@ -101,7 +110,7 @@ class IncomingMigration:
             self._take_over,
             self.handover,
             read=self._elements,
-            check_devices=self._check_devices,
+            check_devices=self._sections.check_devices,
         )
         self._task: asyncio.Task[None] | None = None
 
@@ -109,6 +118,11 @@ class IncomingMigration:
         self._host.log.info("migration_status", status=status.value, migration_id=self.migration_id, role="incoming")
         if self._host.settings.enabled("events"):
             self._host.emit("MIGRATION", {"status": status.value})
+
+    @property
+    def settings(self) -> Settings:
+        """What holds for this migration: this host's settings, and those that its source brought along."""
+        return self._host.settings
 
     @property
     def kind(self) -> PeerKind:
@@ -130,9 +144,9 @@ class IncomingMigration:
         self.postcopy.pause()
 
     @property
-    def waits_for_word(self) -> bool:
-        """True while everything is here, and the source has not said what is to become of it."""
-        return self.handover.prepared and not self._take_over.begun
+    def waits(self) -> bool:
+        """True while another connection may be about this one: it is paused, or the source's word is missing."""
+        return self.postcopy.paused or (self.handover.prepared and not self._take_over.begun)
 
     def _go_alone(self) -> None:
         self.postcopy.released.set()  # it uses no connection any more
@@ -168,14 +182,15 @@ class IncomingMigration:
 
     async def run(self) -> None:
         """Load; end in completed or failed."""
-        if self._before is None:
-            self._progress.begin()
+        self._begun_at = self._host.clock()
+        if not self._link.channel.has_return_path:
+            self._progress.begin(self._begun_at)  # nobody only asks there
         try:
             await self._load()
+        except (_OnlyAsked, Answered):
+            self.only_asked = True
         except asyncio.CancelledError:
             await self._failed(MigrationCancelled("the daemon is stopping"))
-        except Answered:
-            return
         except (MigratedError, OSError) as error:
             await self._failed(self._link.stream.located(without_frames(error)))
         except Exception as error:  # the top of a job: a bug here must not leave a source without an answer
@@ -187,6 +202,7 @@ class IncomingMigration:
             if self.touched:
                 self._progress.finish()
                 await insist(self._cleanup)
+            self._preflight.release()
             await self._link.close()
             self.postcopy.close()
             self.handover.obeyed.set()
@@ -194,8 +210,14 @@ class IncomingMigration:
 
     async def _failed(self, error: MigratedError) -> None:
         await self._dismiss()
-        self.error = without_frames(error)
-        self._host.log.error("migration_failed", error=str(error), migration_id=self.migration_id, role="incoming")
+        self.error, self.failed_in = without_frames(error), self.status.value
+        self._host.log.error(
+            "migration_failed",
+            error=str(error),
+            error_id=error.error_id,
+            migration_id=self.migration_id,
+            role="incoming",
+        )
         self.status.advance(MigrationStatus.ACTIVE, expected={MigrationStatus.NONE})
         self.status.advance(MigrationStatus.FAILED)
         if isinstance(error, OutcomeUnknown):
@@ -230,12 +252,17 @@ class IncomingMigration:
     # -- the stream --------------------------------------------------------------------------------------------
 
     async def _load(self) -> None:
-        first = await read_preamble(self._link.stream, self._host)
+        first, self._mismatch = await read_any_preamble(self._link.stream, self._host)
         # The first section follows at once, whoever sends; only then may a source have reasons to be silent for long.
         self._link.expect_element()
-        await self._watched(first)
+        try:
+            await self._watched(first)
+        except MigratedError:
+            if self._mismatch is None or self._preflight.nothing_follows:
+                raise
+            raise self._mismatch from None
         if self._package is None:
-            await self._check_complete()
+            await self._sections.check_complete()
             if self.handover.offer is None:
                 await self._take_over.precopy()
             else:
@@ -250,11 +277,11 @@ class IncomingMigration:
             async with asyncio.TaskGroup() as self._group:
                 await self._elements(self._link.stream, first)
                 if self._package is None:
-                    await self._description()
+                    await self._sections.description(commit_follows=self.handover.offer is not None)
                 else:
                     await self.postcopy.run(self._package)
-                if self._watcher is not None:
-                    self._watcher.cancel()
+                for watcher in self._watchers:
+                    watcher.cancel()
         except BaseExceptionGroup as error:
             raise first_error(error) from None
 
@@ -262,9 +289,9 @@ class IncomingMigration:
         """Read elements until the end of the stream, a package, or RUN."""
         clock = asyncio.get_running_loop().time
         patience_s = PATIENCE * self._host.settings.silence_timeout_s()
-        begun_s = clock()
+        self._patient_since = clock()
         while True:
-            if not self.touched and clock() - begun_s > patience_s:
+            if not self.touched and clock() - self._patient_since > patience_s:
                 raise RemoteProtocolError(f"no section within {patience_s:g} s", expected="a machine", found="commands")
             stream.section = "between sections"
             if ahead is None:
@@ -282,27 +309,15 @@ class IncomingMigration:
                     if await self._command(stream, element):
                         return
                 case SectionHeader():
-                    await self._section(stream, element)
-
-    async def _section(self, stream: IncomingStream, header: SectionHeader) -> None:
-        await self._begin()
-        stream.section = f"{header.idstr or f'id {header.section_id}'} ({header.kind.name})"
-        if self.postcopy.listening and stream is self._link.stream:
-            # Beside a machine that runs, or whose devices are being loaded: nobody here may hold the lock.
-            idstr = await self._host.registry.load_state(stream, header, listening=True)
-        else:
-            async with self._host.lock:
-                idstr = await self._host.registry.load_state(
-                    stream, header, missing=self._wait_for_device, keep=self._keep if self._keeps() else None
-                )
-        await stream.run(parse_footer(header.section_id, idstr))
-        stream.section = f"{idstr} ({header.kind.name})"
-        await stream.expect_checksum()
+                    await self._begin()
+                    await self._sections.load(stream, element, listening=self.postcopy.listening)
 
     async def _begin(self) -> None:
         """Check, before the first section, that a machine may come here and its source be answered."""
         if self.touched:
             return
+        if self._mismatch is not None:
+            raise self._mismatch
         allowed = self._host.settings.parameters.get("x-migrated-allow-no-return-path")
         if self._link.channel.has_return_path and not self._link.return_path.opened and not allowed:
             raise RemoteProtocolError(
@@ -314,7 +329,6 @@ class IncomingMigration:
         host.ownership.require_may_receive()
         if self._before is not None:
             await self._before.give_way()
-            self._progress.begin()
         self._on_begin()
         self.status.advance(MigrationStatus.ACTIVE)
         async with host.lock:
@@ -322,31 +336,19 @@ class IncomingMigration:
             if host.ownership.record.hold is Hold.NONE:
                 await host.ownership.become(Hold.PARTIAL, peer=self.peer, migration_id=self.migration_id)
             self.touched = True
+            self._progress.begin(self._begun_at)
             host.kept.forget()
             await host.registry.load_setup(self._link.stream)
             if self.postcopy.advised:
                 host.postcopy_load.advise()
         if self._group is not None:
-            self._watcher = self._group.create_task(host.machine.arrival_lost())
+            self._watchers = [
+                self._group.create_task(host.machine.arrival_lost()),
+                self._group.create_task(self._preflight.keep_reservation()),
+            ]
         self._progress.setup_done()
         if self._link.kind is not PeerKind.MIGRATED:
             self._link.stream.idle_timeout_s = None
-
-    async def _wait_for_device(self, idstr: str, instance_id: int) -> None:
-        await self._announcement.check(self._device_patience_s())
-        await self._host.machine.wait_declared([], [idstr], self._device_patience_s())
-
-    def _device_patience_s(self) -> float:
-        # The machine may stand still at the source by now, and its patience after the last byte is limited: our reason
-        # has to be there before it calls the outcome unknown.
-        return min(self._host.attach_timeout_s, self._host.settings.seconds("x-migrated-answer-timeout") / 2)
-
-    def _keeps(self) -> bool:
-        return bool(self._host.settings.parameters.get("x-migrated-keep-unknown-sections"))
-
-    async def _keep(self, f: IncomingStream, header: SectionHeader) -> None:
-        size = await self._host.kept.keep(f, header, from_qemu=self._link.kind is PeerKind.QEMU)
-        self._host.log.warning("section_kept", idstr=header.idstr, instance_id=header.instance_id, bytes=size)
 
     async def _command(self, stream: IncomingStream, header: CommandHeader) -> bool:
         """Take a command; True when nothing more is to be read of ``stream`` here."""
@@ -359,8 +361,6 @@ class IncomingMigration:
                 value = parse_ping(header.payload)
                 if not self._link.return_path.opened:
                     raise RemoteProtocolError(f"CMD_PING ({value:#x}) received with no return path")
-                if value == SETUP_PING:
-                    await self._announcement.check(self._device_patience_s())
                 await self.postcopy.ping(value, in_package=stream is not self._link.stream)
                 if value == PEER_PING:
                     await self._link.return_path.greet()
@@ -373,8 +373,8 @@ class IncomingMigration:
                 )
             case Command.X_CHECKSUM:
                 stream.compare(header.payload)
-            case Command.X_SECTIONS:
-                self._announcement.take(header.payload)
+            case Command.X_PREFLIGHT if not self.touched:
+                await self._asked(header.payload)
             case Command.PACKAGED if self._package is None:
                 stream.end_checksums()
                 self._package = await stream.get_buffer(parse_packaged(header.payload))
@@ -384,27 +384,15 @@ class IncomingMigration:
                 return self.postcopy.ran and stream is not self._link.stream
         return False
 
-    async def _description(self) -> None:
-        self._link.stream.section = "vmdescription"
-        left = await self._link.stream.run(parse_vmdescription_length())
-        while left:
-            left -= len(await self._link.stream.read_exactly(min(left, 4096)))
-        commit_follows = self.handover.offer is not None
-        if self._link.return_path.opened and not commit_follows and (behind := len(self._link.stream.peek())):
-            raise RemoteProtocolError(
-                "the source goes on after its description", expected="nothing behind it", found=f"{behind} bytes"
-            )
-        self._link.stream.section = "end"
-
-    async def _check_complete(self) -> None:
-        self._host.machine.check_alive()  # what went with a workload is not missed below
-        for check in self._host.completeness:
-            check()
-        await self._check_devices()
-
-    async def _check_devices(self) -> None:
-        if missing := await self._host.registry.not_loaded(besides=OPTIONAL_SECTIONS):
-            raise RemoteProtocolError(
-                "the stream ended without the state of " + ", ".join(missing),
-                expected="a section for every device declared here",
-            )
+    async def _asked(self, payload: bytes) -> None:
+        """Answer a preflight. Where nothing follows, the source leaves: it has heard all there is to say."""
+        if not self._link.return_path.opened:
+            raise RemoteProtocolError("X_PREFLIGHT received with no return path", section="preflight")
+        # Where it is awaited here anyway, the connection for requested pages is as good as here.
+        preempt = self.postcopy.has_second or self.settings.enabled("postcopy-preempt")
+        await self._preflight.take(payload, preempt=preempt)
+        self._patient_since = asyncio.get_running_loop().time()
+        if self._preflight.nothing_follows:
+            with contextlib.suppress(ChannelError):
+                await self._link.linger()
+            raise _OnlyAsked if self._preflight.dry_run else PreflightBlocked(self._preflight.blockers)

@@ -57,7 +57,7 @@ class IncomingLink:
         self.stream.close()
 
     async def linger(self) -> None:
-        """Swallow what a refused source still sends, until it closes."""
+        """Swallow what a refused source still sends, until it closes. Raises ChannelError."""
         swallowed = memoryview(bytearray(1 << 16))
         try:
             async with asyncio.timeout(LINGER_S):

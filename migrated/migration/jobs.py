@@ -14,7 +14,7 @@ from typing import Any
 from structlog.typing import FilteringBoundLogger
 
 from migrated.errors import CommandError, MigratedError, MigrationCancelled
-from migrated.migration.host import Emit, without_frames
+from migrated.migration.host import Emit, error_of, without_frames
 from migrated.model.job import JobStatus, JobType, JobVerb, check_job_id, check_transition, check_verb
 
 Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
@@ -54,7 +54,7 @@ class Job:
         except asyncio.CancelledError:
             self._failed(MigrationCancelled("Job was cancelled"), log)
         except (MigratedError, OSError) as error:
-            self._failed(error if isinstance(error, MigratedError) else MigratedError(str(error)), log)
+            self._failed(error_of(error), log)
         except Exception as error:  # the top of a job: a bug here must not leave a job without an end
             log.exception("job_bug")
             self._failed(MigratedError(f"internal error: {error!r}"), log)
@@ -65,7 +65,7 @@ class Job:
 
     def _failed(self, error: MigratedError, log: FilteringBoundLogger) -> None:
         self.error = without_frames(error)
-        log.error("job_failed", job=self.id, type=self.kind.value, error=str(error))
+        log.error("job_failed", job=self.id, type=self.kind.value, error=str(error), error_id=error.error_id)
         if self.status is not JobStatus.ABORTING:
             self._advance(JobStatus.ABORTING)
         self._advance(JobStatus.CONCLUDED)
@@ -98,7 +98,11 @@ class Job:
             "current-progress": self.current,
             "total-progress": max(self.total, self.current),
         }
-        return line if self.error is None else {**line, "error": str(self.error)}
+        if self.error is None:
+            return line
+        # Of a machine that was loaded only in part, the ownership record tells.
+        known = "what the ownership record says (`migratectl status`)"
+        return {**line, "error": str(self.error), "x-migrated-error": self.error.explain(self.kind.value, known)}
 
     def _advance(self, to: JobStatus) -> None:
         check_transition(self.status, to)

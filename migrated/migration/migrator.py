@@ -14,21 +14,29 @@ from typing import Any
 from migrated.errors import CommandError
 from migrated.migration import report
 from migrated.migration.descriptors import Descriptors
-from migrated.migration.handshake import CLEARTEXT_ANSWER, begins_stream
-from migrated.migration.host import OPTIONAL_SECTIONS, Emit, Host, require_machine_here
+from migrated.migration.handshake import begins_stream
+from migrated.migration.host import (
+    OPTIONAL_SECTIONS,
+    Emit,
+    Host,
+    let_go_of_memory,
+    require_machine_here,
+    require_something,
+)
 from migrated.migration.incoming import IncomingMigration
 from migrated.migration.jobs import Jobs
+from migrated.migration.listening import Listening
 from migrated.migration.outgoing import OutgoingMigration
+from migrated.migration.preflight_source import dry_run
 from migrated.migration.progress import Progress
-from migrated.migration.recovery import Dial
+from migrated.migration.recovery import Dial, dialling
+from migrated.migration.requests import Requests
 from migrated.migration.settlement import Settler
 from migrated.model.handover import Event, Hold
 from migrated.model.runstate import RunState
 from migrated.model.status import ENDED, PAUSABLE, POSTCOPY, MigrationStatus, is_running
 from migrated.transport.address import Address, parse_address
 from migrated.transport.channel import Channel
-from migrated.transport.dial import dial
-from migrated.transport.listen import Listener, listen
 from migrated.transport.tls_channel import names_of
 from migrated.transport.trust import Trust
 
@@ -56,17 +64,20 @@ class Migrator:
         self._incoming_progress = incoming_progress
         self._spawn = spawn
         self._jobs = jobs
-        self._allow = allow
         self._trust = trust
         self._outgoing: OutgoingMigration | None = None
         self._incoming: IncomingMigration | None = None
         self._arrived_before: IncomingMigration | None = None
         """The incoming migration that the present outgoing one came after."""
         self.settler = Settler(host, spawn, lambda address: self._dialling(parse_address(address)))
-        self._listener: Listener | None = None
-        self._opening = False
+        self._asking = False
+        self._requests = Requests(host)
         self._second: Channel | None = None
-        self._descriptors = Descriptors()
+        self.descriptors = Descriptors()
+        """Under names, for ``fd:`` URIs."""
+        self._listening = Listening(
+            host, allow=allow, trust=trust, fds=self.descriptors, receive=self._receive, second=self._take_second
+        )
         self._autostart = True
         """False after a `stop` while a machine is awaited: it is to arrive paused, as QEMU has it."""
         self._subscribers: list[Emit] = []
@@ -102,11 +113,6 @@ class Migrator:
         """Change parameters, all or none. Raises CommandError."""
         self._host.settings.parameters = self._host.settings.parameters.replace(changes)
 
-    @property
-    def descriptors(self) -> Descriptors:
-        """Descriptors under names, for ``fd:`` URIs."""
-        return self._descriptors
-
     # -- migrating ---------------------------------------------------------------------------------------------
 
     @property
@@ -115,39 +121,49 @@ class Migrator:
         outgoing = self._outgoing is not None and (
             is_running(self._outgoing.status.value) or not self._outgoing.finished
         )
-        return outgoing or (self._incoming is not None and is_running(self._incoming.status.value))
+        return self._asking or outgoing or (self._incoming is not None and is_running(self._incoming.status.value))
 
-    async def migrate(self, uri: str, *, resume: bool = False) -> None:
-        """Start an outgoing migration; returns once it is accepted. Raises CommandError."""
+    async def migrate(self, uri: str, *, resume: bool = False, request_id: str = "") -> None:
+        """Start an outgoing migration, if this is not a known request; returns once accepted. Raises CommandError."""
         if resume:
             if self._outgoing is None:
                 raise CommandError("Cannot resume if there is no paused migration")
             self._outgoing.resume(self._dialling(parse_address(uri)))
             return
-        handlers = await self._host.registry.device_names(besides=OPTIONAL_SECTIONS)
-        self._require_idle()
-        address = parse_address(uri)
-        require_machine_here(self._host)
-        if not handlers and not self._host.machine.ram_blocks():
-            raise CommandError(
-                f"there is nothing to migrate: machine '{self._host.machine.name}' has no RAM block and no device here."
-                " Next: start its workload, which attaches to this daemon, or load a handler ([handlers] load)"
-            )
+        if request_id and self._requests.knows(request_id, uri, self._outgoing):
+            return
+        address = await self._may_leave_for(uri)
         self._arrived_before = self._incoming
+        self._requests.begun(uri)
+        migration_id = request_id or uuid.uuid4().hex
         self._outgoing = OutgoingMigration(
-            self._host, self._outgoing_progress, self._dialling(address), migration_id=uuid.uuid4().hex, address=uri
+            self._host, self._outgoing_progress, self._dialling(address), migration_id=migration_id, address=uri
         )
         self._outgoing.start(self._spawn)
         self._spawn(self.settler.settle_after(self._outgoing.wait()))
 
+    async def _may_leave_for(self, uri: str) -> Address:
+        """Return the address in ``uri``. Raises CommandError unless a machine may go there."""
+        handlers = await self._host.registry.device_names(besides=OPTIONAL_SECTIONS)
+        self._require_idle()
+        address = parse_address(uri)
+        require_machine_here(self._host)
+        require_something(self._host, handlers)
+        return address
+
     def _dialling(self, address: Address) -> Dial:
-        timeout_s = self._host.settings.silence_timeout_s()
-        name = str(self._host.settings.parameters.get("tls-hostname") or "")
+        settings = self._host.settings
+        name = str(settings.parameters.get("tls-hostname") or "")
+        return dialling(address, settings.silence_timeout_s(), self.descriptors.take, self._trust, name)
 
-        async def connect() -> Channel:
-            return await dial(address, timeout_s=timeout_s, fds=self._descriptors.take, trust=self._trust(), name=name)
-
-        return connect
+    async def preflight(self, uri: str) -> dict[str, object]:
+        """Check both sides, move nothing (``x-migrated-preflight``). Raises CommandError where there is no machine."""
+        address = await self._may_leave_for(uri)
+        self._asking = True
+        try:
+            return (await dry_run(self._host, self._dialling(address))).as_dict()
+        finally:
+            self._asking = False
 
     def start_postcopy(self) -> None:
         """Have the present migration switch to postcopy (``migrate-start-postcopy``). Raises CommandError."""
@@ -169,16 +185,14 @@ class Migrator:
         """Wait at ``uri`` for the source of a paused postcopy (``migrate-recover``). Raises CommandError."""
         if self._incoming is None or not self._incoming.postcopy.paused:
             raise CommandError("Migrate recover can only be run when postcopy is paused.")
-        if self._listener is not None:
-            await self._listener.close()
-            self._listener = None
+        await self._listening.close()
         await self.open_listener(uri)
 
     def _require_idle(self, text: str = BUSY) -> None:
         """Raise CommandError while a migration or a snapshot is under way."""
         self._jobs.require_none()
         if self.busy:
-            raise CommandError(text)
+            raise CommandError(text, error_id="busy")
 
     async def cancel(self) -> None:
         """Cancel the outgoing migration; without one nothing happens. Raises CommandError after the last byte."""
@@ -198,31 +212,21 @@ class Migrator:
 
     async def incoming(self, uri: str) -> None:
         """Open a listener (``migrate-incoming``). Raises CommandError."""
-        if self._opening or (self._listener is not None and not self._listener.over):
+        if self._listening.begun:
             raise CommandError("The incoming migration has already been started")
         if self._host.machine.run_state not in (RunState.INMIGRATE, RunState.POSTMIGRATE):
             raise CommandError("'-incoming' was not specified on the command line")
         await self.open_listener(uri)
 
     async def open_listener(self, uri: str) -> None:
-        """Listen for machines on ``uri``. A machine that comes while one runs here is refused with the reason.
-
-        Raises CommandError, also where strangers could come, and nobody could tell.
-        """
-        self._trust().require_listener(address := parse_address(uri), self._allow)
-        self._opening = True  # opening takes its time, and a second listener would let a second machine in
-        try:
-            self._listener = await listen(
-                address, self._receive, allow=self._allow, fds=self._descriptors.take, second=self._take_second,
-                trust=self._trust, cleartext_answer=CLEARTEXT_ANSWER,
-            )  # fmt: skip
-        finally:
-            self._opening = False
-        self._host.log.info("waiting_for_machine", addresses=self._listener.addresses)
+        """Listen for machines on ``uri``. A machine that comes while one runs here is refused. Raises CommandError."""
+        await self._listening.open(uri)
 
     def _take_second(self, channel: Channel) -> bool:
         """Take a second connection, for requested pages, if there may be one."""
-        if not self._host.settings.enabled("postcopy-preempt") or self._second is not None:
+        last = self._incoming
+        whose = self._host if last is None or last.status.value in ENDED else last
+        if not whose.settings.enabled("postcopy-preempt") or self._second is not None:
             return False
         self._second = channel  # the job of the first may not have begun yet
         return self._hand_over_second()
@@ -234,7 +238,8 @@ class Migrator:
         return self._incoming.postcopy.take_second(second)
 
     async def _receive(self, channel: Channel) -> None:
-        waiting = self._incoming if self._incoming is not None and self._waits(self._incoming) else None
+        before = self._incoming
+        waiting = before if before is not None and before.waits else None
         busy = waiting is None and (self.busy or self._jobs.active is not None)
         if busy or (waiting is not None and names_of(channel) != waiting.peer_names):
             self._host.log.warning("connection_refused", peer=channel.peer, reason=BUSY if busy else OTHER_HOST)
@@ -257,20 +262,16 @@ class Migrator:
             self._begin(incoming)
         incoming.start(self._spawn)
         await incoming.postcopy.released.wait()
+        if incoming.only_asked and self._incoming is incoming:
+            self._incoming = before
         self._autostart = self._autostart or self._host.ownership.may_run
         if incoming.touched and incoming is not self._arrived_before:
-            # What came before is history: a stranger after this one must not bring it back into `query`. (A migration
-            # that began between this one's end and here came after it, and stays.)
+            # What came before is history, for `query` too. (What began since this one's end came after it, and stays.)
             self._outgoing = None
 
     def _begin(self, incoming: IncomingMigration) -> None:
         self._incoming = incoming
         self._hand_over_second()
-
-    @staticmethod
-    def _waits(incoming: IncomingMigration) -> bool:
-        """True for a migration that another connection may be about."""
-        return incoming.postcopy.paused or incoming.waits_for_word
 
     # -- the machine -------------------------------------------------------------------------------------------
 
@@ -304,18 +305,8 @@ class Migrator:
 
     async def release(self) -> None:
         """Let go of the memory of a machine that moved away, or came only in part (``x-migrated-release``)."""
-        ownership = self._host.ownership
         self._require_idle()
-        if ownership.record.hold not in (Hold.MOVED, Hold.PARTIAL, Hold.INCOMPLETE):
-            raise CommandError("only the memory of a machine that moved away, or came only in part, can be released")
-        if ownership.record.hold is not Hold.MOVED:
-            mappings = [mapping for block in self._host.machine.ram_blocks() for mapping in block.mappings]
-            if names := ", ".join(sorted({mapping.workload for mapping in mappings})):
-                raise CommandError(f"the memory is still mapped by {names}. Next: end it, then release again")
-            await ownership.become(Hold.NONE)
-            self._host.machine.set_run_state(RunState.INMIGRATE)
-        await self._host.machine.release()
-        self._host.kept.forget()
+        await let_go_of_memory(self._host)
 
     async def resolve(self, peer_is_fenced: bool, peer_is_running: bool) -> None:
         """End an unknown outcome by an operator's word (``x-migrated-resolve``)."""
@@ -327,7 +318,7 @@ class Migrator:
         if paused and peer_is_running and not all_sent:
             raise CommandError("then it needs the memory that is here. Next: `migratectl recover`")
         ownership = self._host.ownership
-        if ownership.record.hold is Hold.PREPARED and self._incoming is not None and self._incoming.waits_for_word:
+        if ownership.record.hold is Hold.PREPARED and self._incoming is not None and self._incoming.waits:
             await self._incoming.decide(Event.PEER_FENCED if peer_is_fenced else Event.PEER_RUNS)
             return
         if self.busy and not paused:
@@ -350,26 +341,37 @@ class Migrator:
                 self._host.machine.set_run_state(RunState.POSTMIGRATE)
                 await self._host.machine.moved(ownership.record.peer)
 
+    # -- descriptors -------------------------------------------------------------------------------------------
+
+    def add_fd(self, name: str, fd: int) -> None:
+        """Keep a descriptor under a name (``getfd``); one of that name is replaced."""
+        self.descriptors.add(name, fd)
+
+    def close_fd(self, name: str) -> None:
+        """Close a kept descriptor (``closefd``)."""
+        self.descriptors.close(name)
+
     # -- answers -----------------------------------------------------------------------------------------------
 
     def query(self) -> dict[str, object]:
         """Answer ``query-migrate``: the last migration that touched the machine, in whichever direction."""
         answer: dict[str, object] = {}
         incoming = self._incoming
-        asked_for = self._listener is not None and self._listener.takes_one
+        asked_for = self._listening.takes_one
         arrives = incoming is not None and (incoming.touched or asked_for) and incoming is not self._arrived_before
         if self._outgoing is not None and not arrives:
             limit_ms = self._host.settings.parameters.integer("downtime-limit")
-            answer = report.describe_outgoing(self._outgoing, self._outgoing_progress, limit_ms)
-            answer["x-migrated-outcome"] = report.outcome(self._host.ownership)
+            answer = report.describe_outgoing(self._outgoing, self._outgoing_progress, self._host.ownership, limit_ms)
+        elif self._requests.remembered and not arrives:
+            answer = report.describe_record(self._host.ownership)
         elif incoming is not None:
             answer = report.describe_incoming(
                 incoming,
                 self._incoming_progress,
-                blocktime=self._host.settings.enabled("postcopy-blocktime"),
+                blocktime=incoming.settings.enabled("postcopy-blocktime"),
             )
-        if self._listener is not None and not self._listener.over:
-            answer["socket-address"] = self._listener.addresses
+        if addresses := self._listening.addresses:
+            answer["socket-address"] = addresses
         if kept := self._host.kept.describe():
             answer["x-migrated-kept-sections"] = kept
         return answer
@@ -382,9 +384,7 @@ class Migrator:
 
     async def close(self) -> None:
         """Drain: cancel what may be cancelled, wait for what may not, stop listening, close descriptors."""
-        if self._listener is not None:
-            await self._listener.close()
-            self._listener = None
+        await self._listening.close()
         if self._incoming is not None:
             self._incoming.cancel()
         await self._jobs.close()
@@ -397,4 +397,4 @@ class Migrator:
             await self._outgoing.give_up()
         if self._incoming is not None:
             await self._incoming.wait()  # a take-over needs the workloads, and the source its answer
-        self._descriptors.close()
+        self.descriptors.close_all()

@@ -20,25 +20,26 @@ from migrated.errors import (
     MigratedError,
     MigrationCancelled,
     OutcomeUnknown,
+    PreflightBlocked,
     ProtocolError,
 )
 from migrated.migration.handover import SourceHandover
-from migrated.migration.handshake import own_configuration
-from migrated.migration.host import OPTIONAL_SECTIONS, Host, first_error, insist, without_frames
+from migrated.migration.handshake import greet
+from migrated.migration.host import Host, error_of, first_error, insist, without_frames
 from migrated.migration.operator_pause import OperatorPause
 from migrated.migration.passes import Passes, Switch
 from migrated.migration.postcopy_source import Link, PostcopySource
+from migrated.migration.preflight_source import Verdict, preflight
 from migrated.migration.progress import Progress
 from migrated.migration.recovery import Dial, Pauses
-from migrated.migration.return_path import FIRST_PING, SETUP_PING, PeerKind, ReturnPathReader
+from migrated.migration.return_path import SETUP_PING, PeerKind, ReturnPathReader
 from migrated.migration.switchover import Commit, Switchover
 from migrated.model.status import ENDED, OUTGOING, POSTCOPY, MigrationStatus, StatusCell
 from migrated.stream.incoming import IncomingStream
 from migrated.stream.outgoing import OutgoingStream
 from migrated.transport.channel import Channel
 from migrated.transport.file import FileChannel
-from migrated.wire.announcement import encode_announcement
-from migrated.wire.command import FEATURE_HANDOVER, FEATURE_SECTIONS, PEER_PING, Command, ping_payload
+from migrated.wire.command import FEATURE_HANDOVER, Command, ping_payload
 from migrated.wire.handover import encode_offer
 from migrated.wire.postcopy import encode_advise
 
@@ -62,6 +63,8 @@ class OutgoingMigration:
         self.migration_id = migration_id
         self.status = StatusCell(OUTGOING, self._status_changed)
         self.error: MigratedError | None = None
+        self.failed_in = MigrationStatus.NONE
+        """The status in which it failed."""
         self.kind = PeerKind.UNKNOWN
         self.peer = ""
         self._pause = OperatorPause(host, self.status)
@@ -156,7 +159,7 @@ class OutgoingMigration:
             unknown = self._switchover.handed_over or self._postcopy.committed
             self._failed(OutcomeUnknown("given up while waiting for the destination") if unknown else None)
         except (MigratedError, OSError) as error:
-            self._failed(error if isinstance(error, MigratedError) else MigratedError(str(error)))
+            self._failed(error_of(error))
         except Exception as error:  # the top of a job: a bug here must not leave a migration without an end
             self._host.log.exception("migration_bug")
             self._failed(MigratedError(f"internal error: {error!r}"))
@@ -172,8 +175,10 @@ class OutgoingMigration:
             self.status.advance(MigrationStatus.CANCELLING)
             self.status.advance(MigrationStatus.CANCELLED)
             return
-        self.error = without_frames(error)
-        self._host.log.error("migration_failed", error=str(error), migration_id=self.migration_id)
+        self.error, self.failed_in = without_frames(error), self.status.value
+        self._host.log.error(
+            "migration_failed", error=str(error), error_id=error.error_id, migration_id=self.migration_id
+        )
         self.status.advance(MigrationStatus.FAILED)
 
     async def _migrate(self) -> None:
@@ -199,7 +204,7 @@ class OutgoingMigration:
                     await self._postcopy.settle(dial)
                 await self._over(dial, self._resume_phases)
             except (ChannelError, ProtocolError, OSError) as again:
-                error = again if isinstance(again, MigratedError) else MigratedError(str(again))
+                error = error_of(again)
             else:
                 return
 
@@ -263,7 +268,6 @@ class OutgoingMigration:
         await self._greet(f)
         self._offer(f)
         self._advise(f)
-        await self._announce(f)
         await self._host.registry.save_setup(f)
         await self._wait_for_destination(f)
         self._progress.setup_done()
@@ -317,28 +321,22 @@ class OutgoingMigration:
         f.put_buffer(encode_advise(PAGE_SIZE, PAGE_SIZE))
 
     async def _greet(self, f: OutgoingStream) -> None:
-        f.put_preamble(own_configuration(self._host))
-        if self._return_path is None:
-            await f.drain()
-            return
-        f.put_command(Command.OPEN_RETURN_PATH)
-        f.put_command(Command.PING, ping_payload(PEER_PING))
-        f.put_command(Command.PING, ping_payload(FIRST_PING))
-        await f.drain()
-        self.kind = await self._return_path.wait_kind(self._host.settings.silence_timeout_s())
-        if self.kind is PeerKind.QEMU:
-            known = [*OPTIONAL_SECTIONS, *self._host.kept.known_to_qemu()]
-            names = await self._host.registry.device_names(besides=known)
-            if names:
-                raise CommandError(
-                    f"the peer at {self.peer} is a QEMU, and a QEMU exits on sections it does not know: "
-                    + ", ".join(names)
-                )
-
-    async def _announce(self, f: OutgoingStream) -> None:
-        """Say which sections follow: a destination that cannot take them all says so before any page is sent."""
-        if self._return_path is not None and self._return_path.features & FEATURE_SECTIONS:
-            f.put_buffer(encode_announcement(await self._host.registry.announcement()))
+        """Find out who is there, and whether anything stands in the way at either end. Nothing has moved yet."""
+        kind = await greet(f, self._return_path, self._host)
+        if self._return_path is not None:
+            self.kind = kind
+        asked = Verdict((), self.peer, self.kind)
+        verdict = await preflight(self._host, f, self._return_path, asked, self.migration_id)
+        for one in verdict.blockers:
+            self._host.log.warning(
+                "preflight", error_id=one.id, side=one.side, text=one.text, migration_id=self.migration_id
+            )
+        if not verdict.ready:
+            raise PreflightBlocked(verdict.blockers)
+        if self._urgent is not None and verdict.answer is not None and not verdict.answer.preempt:
+            # It was refused: only now does the destination know that it carries requested pages.
+            self._urgent.abort()
+            self._urgent = await self._dial()
 
     async def _wait_for_destination(self, f: OutgoingStream) -> None:
         """Send no page before the destination has its blocks: its workload may still be on the way."""

@@ -193,12 +193,12 @@ class Ownership:
     def require_may_start(self) -> None:
         """Raise CommandError, with the reason and the next step, where `cont` may not start the machine."""
         if self.record.hold not in (Hold.NONE, Hold.OWNER):
-            raise CommandError(f"{self.text()}. Next: {self.next_step()}")
+            raise CommandError(f"{self.text()}. Next: {self.next_step()}", error_id="not-owner")
 
     def require_may_receive(self) -> None:
         """Raise CommandError where an arriving machine would be a second owner's."""
         if self.record.hold in OWNING or self.outcome_unknown:
-            raise CommandError(f"this host cannot take a machine in: {self.text()}")
+            raise CommandError(f"this host cannot take a machine in: {self.text()}", error_id="machine-here")
 
     def text(self) -> str:
         """Say in one sentence what is known."""

@@ -232,6 +232,11 @@ class PostcopyTarget:
         self._second.set_result(channel)
         return True
 
+    @property
+    def has_second(self) -> bool:
+        """True when the connection that carries requested pages is here."""
+        return self._second.done()
+
     async def _read_urgent(self) -> None:
         channel = await asyncio.shield(self._second)
         stream = IncomingStream(channel, silence_timeout_s=self._host.settings.silence_timeout_s)

@@ -39,13 +39,13 @@ class Progress:
         self._kept = False
         self.begin()
 
-    def begin(self) -> None:
-        """Forget the last migration."""
+    def begin(self, at: float | None = None) -> None:
+        """Forget the last migration; this one began ``at``, or now."""
         self.stats.reset()
         self.meter = BandwidthMeter()
         self.ledger = DowntimeLedger()
         self.passes: list[Pass] = []
-        self.started_at = self._pass_started_at = self._clock()
+        self.started_at = self._pass_started_at = self._clock() if at is None else at
         self._pass_sent = 0
         self.setup_ms: float | None = None
         self.total_ms: float | None = None

@@ -9,12 +9,24 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
+from migrated.transport.address import Address
 from migrated.transport.channel import Channel
+from migrated.transport.dial import TakeFd, dial
+from migrated.transport.trust import Trust
 
 Dial = Callable[[], Awaitable[Channel]]
 
 RECONNECT_MIN_S = 0.2
 RECONNECT_MAX_S = 5.0
+
+
+def dialling(address: Address, timeout_s: float, fds: TakeFd, trust: Callable[[], Trust], name: str) -> Dial:
+    """Return what connects to an address, each time with the keys of that moment; ``name`` is what it must prove."""
+
+    async def connect() -> Channel:
+        return await dial(address, timeout_s=timeout_s, fds=fds, trust=trust(), name=name)
+
+    return connect
 
 
 class Pauses:

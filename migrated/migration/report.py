@@ -6,10 +6,13 @@ the prefix ``x-migrated-``. Nothing here changes anything.
 
 from __future__ import annotations
 
+from migrated.errors import PreflightBlocked
 from migrated.migration.incoming import IncomingMigration
 from migrated.migration.outgoing import OutgoingMigration
 from migrated.migration.ownership import Ownership
+from migrated.migration.preflight_source import describe_blockers
 from migrated.migration.progress import Progress
+from migrated.migration.return_path import PeerKind
 from migrated.model.handover import Hold
 from migrated.model.status import MigrationStatus
 
@@ -38,12 +41,25 @@ _OUTCOME = {
 }
 
 
-def describe_outgoing(migration: OutgoingMigration, progress: Progress, downtime_limit_ms: int) -> dict[str, object]:
+_KNOWN = {
+    "source-owns": "the machine is at the source, as before",
+    "destination-owns": "the machine is at the destination",
+    "unknown": "nobody knows which host has the machine",
+}
+
+
+def describe_outgoing(
+    migration: OutgoingMigration, progress: Progress, ownership: Ownership, downtime_limit_ms: int
+) -> dict[str, object]:
     """Return the members of an outgoing migration."""
     status = migration.status.value
-    answer: dict[str, object] = {"status": status.value}
-    if migration.error is not None:
-        answer["error-desc"] = str(migration.error)
+    answer: dict[str, object] = {"status": status.value, "x-migrated-outcome": outcome(ownership)}
+    if (error := migration.error) is not None:
+        answer["error-desc"] = str(error)
+        known = _KNOWN[outcome(ownership)]
+        answer["x-migrated-error"] = error.explain(migration.failed_in.value, known)
+        if isinstance(error, PreflightBlocked):
+            answer["x-migrated-blockers"] = describe_blockers(error.blockers)
     if status in _WITH_FIGURES:
         answer |= _figures(progress, status)
         if status is MigrationStatus.COMPLETED:
@@ -70,6 +86,8 @@ def describe_incoming(migration: IncomingMigration, progress: Progress, *, block
     answer: dict[str, object] = {"status": status.value}
     if (error := migration.error or migration.postcopy.why_paused) is not None:
         answer["error-desc"] = str(error)
+        known = "the machine was not taken over" if not migration.postcopy.running else "the machine is here"
+        answer["x-migrated-error"] = error.explain(migration.failed_in.value, known)
     if status in _WITH_FIGURES:
         answer |= _figures(progress, status)
     if (faults := migration.postcopy.faults) is not None:
@@ -85,6 +103,18 @@ def describe_incoming(migration: IncomingMigration, progress: Progress, *, block
 def outcome(ownership: Ownership) -> str:
     """Return who owns the machine after an outgoing migration, as far as this host knows."""
     return _OUTCOME[ownership.record.hold]
+
+
+def describe_record(ownership: Ownership) -> dict[str, object]:
+    """Return what the record remembers of an outgoing migration that another life of this daemon has made."""
+    how = outcome(ownership)
+    return {
+        "status": (MigrationStatus.COMPLETED if how == "destination-owns" else MigrationStatus.FAILED).value,
+        "error-desc": ownership.text(),
+        "x-migrated-outcome": how,
+        "x-migrated-migration-id": ownership.record.migration_id,
+        "x-migrated-peer": {"address": ownership.record.peer, "kind": PeerKind.UNKNOWN.value},
+    }
 
 
 def _figures(progress: Progress, status: MigrationStatus) -> dict[str, object]:

@@ -28,15 +28,18 @@ from migrated.stream.incoming import IncomingStream
 from migrated.transport.channel import Channel, SocketChannel
 from migrated.wire.command import (
     FEATURE_HANDOVER,
-    FEATURE_SECTIONS,
+    FEATURE_PREFLIGHT,
     PEER_FEATURES,
     PEER_FEATURES_MASK,
     PEER_PONG,
 )
 from migrated.wire.handover import Answer, HandoverAnswer, Offer
+from migrated.wire.preflight import ANSWER_MAX_BYTES, Pieces, answer_pieces, parse_answer
+from migrated.wire.preflight import Answer as PreflightAnswer
 from migrated.wire.return_path import (
     Faults,
     Pong,
+    PreflightPiece,
     Reason,
     ReceivedBitmap,
     RequestPages,
@@ -47,6 +50,7 @@ from migrated.wire.return_path import (
     encode_faults,
     encode_handover_answer,
     encode_pong,
+    encode_preflight,
     encode_reason,
     encode_received_bitmap,
     encode_request_pages,
@@ -58,7 +62,7 @@ from migrated.wire.return_path import (
 )
 
 #: What a `migrated` destination of this version understands.
-FEATURES = FEATURE_SECTIONS | FEATURE_HANDOVER
+FEATURES = FEATURE_HANDOVER | FEATURE_PREFLIGHT
 
 FIRST_PING = 1
 #: Sent behind the START sections; in postcopy once more before the package, as QEMU does, where nobody waits for it.
@@ -73,6 +77,7 @@ PACKAGE_PING = 4
 BITMAPS, RESUMED = "bitmaps", "resumed"
 #: What a hand-over waits for: READY, and then ACTIVE or REFUSED.
 READY, SETTLED = "ready", "settled"
+PREFLIGHTED = "preflighted"
 
 
 class PeerKind(StrEnum):
@@ -107,6 +112,8 @@ class ReturnPathReader:
         """What somebody may wait for: PONGs by their value, the rest by name. Cancelled at the end."""
         self._bitmap_pages: Mapping[str, int] = {}
         self._bitmaps: dict[str, bytes] = {}
+        self._preflight = Pieces(ANSWER_MAX_BYTES)
+        self._preflight_answer: PreflightAnswer | None = None
         self._greeted = False
         self.features = 0
         """What a `migrated` destination understands besides (FEATURE_...)."""
@@ -159,14 +166,14 @@ class ReturnPathReader:
                 self._reason = text
             case RequestPages(start=start, length=length, block=block):
                 self._on_request(block, start, length)
+            case PreflightPiece(body=body):
+                self._take_preflight(body)
             case Faults(words=words):
                 self._on_faults(FaultSummary.from_words(words))
             case ReceivedBitmap(block=block):
                 await self._take_bitmap(block)
             case ResumeAck(value=value):
-                if value != 1:
-                    raise RemoteProtocolError(f"RESUME_ACK with value {value}", section="return path", expected="1")
-                self._hear(RESUMED)
+                self._take_resume_ack(value)
             case HandoverAnswer(answer=answer):
                 what = READY if answer is Answer.READY else SETTLED
                 self._answers[what] = message
@@ -183,6 +190,16 @@ class ReturnPathReader:
         if value == FIRST_PING and not self.kind.done():
             self.kind.set_result(PeerKind.MIGRATED if self._greeted else PeerKind.QEMU)
         self._hear(value)
+
+    def _take_resume_ack(self, value: int) -> None:
+        if value != 1:
+            raise RemoteProtocolError(f"RESUME_ACK with value {value}", section="return path", expected="1")
+        self._hear(RESUMED)
+
+    def _take_preflight(self, body: bytes) -> None:
+        if (raw := self._preflight.take(body)) is not None:
+            self._preflight_answer = parse_answer(raw)
+            self._hear(PREFLIGHTED)
 
     async def _take_bitmap(self, block: str) -> None:
         if block not in self._bitmap_pages or block in self._bitmaps:
@@ -230,6 +247,12 @@ class ReturnPathReader:
             missing = f"not all received bitmaps within {timeout_s:g} s"
             await self._wait(BITMAPS, timeout_s, missing, "recovering")
         return self._bitmaps
+
+    async def wait_preflight(self, timeout_s: float) -> PreflightAnswer:
+        """Wait for what the destination says to a preflight."""
+        await self._wait(PREFLIGHTED, timeout_s, f"no answer within {timeout_s:g} s", "asking the destination")
+        assert self._preflight_answer is not None
+        return self._preflight_answer
 
     async def wait_resumed(self, timeout_s: float) -> None:
         """Wait for RESUME_ACK."""
@@ -340,6 +363,11 @@ class ReturnPathWriter:
         """Tell a `migrated` source what faults have cost so far."""
         if figures is not None and self.peer is PeerKind.MIGRATED:
             await self._send(encode_faults(figures.summary().to_words()))
+
+    async def preflight(self, answer: PreflightAnswer) -> None:
+        """Say what stands in the way of the migration."""
+        for piece in answer_pieces(answer):
+            await self._send(encode_preflight(piece))
 
     async def resumed(self) -> None:
         """Say that postcopy goes on."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
 
-from migrated.errors import CommandError
+from migrated.errors import ArgumentError
 
 Value = int | bool | str
 
@@ -178,6 +178,12 @@ PARAMETERS: Mapping[str, Parameter] = {
 }  # fmt: skip
 
 
+#: What a destination takes over from a `migrated` source for one migration. Not what decides about the destination's
+#: own safety: which sources it believes, what it loads.
+ADOPTED_CAPABILITIES = frozenset({"postcopy-ram", "postcopy-preempt", "postcopy-blocktime", "validate-uuid"})
+ADOPTED_PARAMETERS = frozenset({"x-migrated-answer-timeout", "x-migrated-silence-timeout"})
+
+
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """The capabilities as they are set; `replace` makes the next value."""
@@ -185,7 +191,7 @@ class Capabilities:
     _set: Mapping[str, bool] = field(default_factory=dict)
 
     def get(self, name: str) -> bool:
-        """Return whether a capability is on. Raises CommandError for a name that does not exist."""
+        """Return whether a capability is on. Raises ArgumentError for a name that does not exist."""
         return self._set.get(name, _capability(name).default)
 
     def all(self) -> dict[str, bool]:
@@ -193,18 +199,18 @@ class Capabilities:
         return {name: self.get(name) for name in CAPABILITIES}
 
     def replace(self, changes: Mapping[str, bool]) -> Capabilities:
-        """Return these capabilities with ``changes``. Raises CommandError, and then nothing has changed."""
+        """Return these capabilities with ``changes``. Raises ArgumentError, and then nothing has changed."""
         for name, on in changes.items():
             if on and not _capability(name).implemented:
-                raise CommandError(f"Capability '{name}' is not implemented by this version of migrated")
+                raise ArgumentError(f"Capability '{name}' is not implemented by this version of migrated")
             if not on and (why := _capability(name).fixed):
-                raise CommandError(f"Capability '{name}' cannot be switched off: {why}")
+                raise ArgumentError(f"Capability '{name}' cannot be switched off: {why}")
         return Capabilities(MappingProxyType({**self._set, **changes}))
 
 
 def _capability(name: str) -> Capability:
     if name not in CAPABILITIES:
-        raise CommandError(f"Parameter 'capability' does not accept value '{name}'")
+        raise ArgumentError(f"Parameter 'capability' does not accept value '{name}'")
     return CAPABILITIES[name]
 
 
@@ -230,7 +236,7 @@ class Parameters:
         return {name: value for name in PARAMETERS if (value := self.get(name)) is not None}
 
     def replace(self, changes: Mapping[str, object]) -> Parameters:
-        """Return these parameters with ``changes``. Raises CommandError, and then nothing has changed."""
+        """Return these parameters with ``changes``. Raises ArgumentError, and then nothing has changed."""
         converted = {name: _convert(_parameter(name), value) for name, value in changes.items()}
         merged = Parameters(MappingProxyType({**self._set, **converted}))
         for row in PARAMETERS.values():
@@ -238,13 +244,13 @@ class Parameters:
                 _check_range(row, merged)
         for name, value in converted.items():
             if not PARAMETERS[name].implemented and value != PARAMETERS[name].default:
-                raise CommandError(f"Parameter '{name}' is not implemented by this version of migrated")
+                raise ArgumentError(f"Parameter '{name}' is not implemented by this version of migrated")
         return merged
 
 
 def _parameter(name: str) -> Parameter:
     if name not in PARAMETERS:
-        raise CommandError(f"Parameter '{name}' is unexpected")
+        raise ArgumentError(f"Parameter '{name}' is unexpected")
     return PARAMETERS[name]
 
 
@@ -259,20 +265,20 @@ def _convert(row: Parameter, value: object) -> Value:
             return value or ""
         case Kind.ENUM if isinstance(value, str):
             if value not in row.choices:
-                raise CommandError(f"Parameter '{row.name}' does not accept value '{value}'")
+                raise ArgumentError(f"Parameter '{row.name}' does not accept value '{value}'")
             return value
         case Kind.LIST if isinstance(value, list):
-            raise CommandError(f"Parameter '{row.name}' is not implemented by this version of migrated")
-    raise CommandError(f"Invalid parameter type for '{row.name}', expected: {row.kind.value}")
+            raise ArgumentError(f"Parameter '{row.name}' is not implemented by this version of migrated")
+    raise ArgumentError(f"Invalid parameter type for '{row.name}', expected: {row.kind.value}")
 
 
 def _convert_integer(row: Parameter, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**64:
-        raise CommandError(f"Parameter '{row.name}' expects uint64")
+        raise ArgumentError(f"Parameter '{row.name}' expects uint64")
     # QEMU takes a negative number for the unsigned one with the same bits; the range check then meets a huge value.
     unsigned = value % 2**64
     if unsigned >> _BITS[row.kind]:
-        raise CommandError(f"Parameter '{row.name}' expects {row.kind.value}")
+        raise ArgumentError(f"Parameter '{row.name}' expects {row.kind.value}")
     return unsigned
 
 
@@ -283,4 +289,4 @@ def _check_range(row: Parameter, merged: Parameters) -> None:
     low = merged.integer("cpu-throttle-initial") if row.name == "max-cpu-throttle" else row.low
     odd = row.power_of_two and value & (value - 1)
     if not low <= value <= row.high or odd:
-        raise CommandError(f"Parameter '{row.name.replace('-', '_')}' expects {row.expects}")
+        raise ArgumentError(f"Parameter '{row.name.replace('-', '_')}' expects {row.expects}")

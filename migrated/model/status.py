@@ -90,7 +90,8 @@ OUTGOING: Table = _table(
 INCOMING: Table = _table(
     {
         _S.SETUP: {_S.ACTIVE, _S.FAILED},
-        _S.ACTIVE: {_S.POSTCOPY_DEVICE, _S.POSTCOPY_ACTIVE, _S.COMPLETED, _S.COLO, _S.FAILED},
+        # none: ours, for a source that only asked whether it could come
+        _S.ACTIVE: {_S.POSTCOPY_DEVICE, _S.POSTCOPY_ACTIVE, _S.COMPLETED, _S.COLO, _S.FAILED, _S.NONE},
         _S.POSTCOPY_DEVICE: {_S.POSTCOPY_ACTIVE, _S.FAILED},
         _S.POSTCOPY_ACTIVE: {_S.POSTCOPY_PAUSED, _S.COMPLETED, _S.FAILED},
         _S.POSTCOPY_PAUSED: {_S.POSTCOPY_RECOVER_SETUP, _S.POSTCOPY_RECOVER, _S.FAILED},

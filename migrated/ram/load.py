@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from migrated.errors import KernelError, RemoteProtocolError, WorkloadError
+from migrated.errors import KernelError, MigratedError, RemoteProtocolError, WorkloadError
 from migrated.kernel import userfault, userfault_place
 from migrated.kernel.memory import SHMEM_HUGE_UNASKED, punch_hole, shmem_huge_pages
 from migrated.kernel.rows import write_rows
@@ -130,14 +130,16 @@ class RamLoad:
 
     # -- postcopy ----------------------------------------------------------------------------------------------
 
+    def obstacles(self) -> list[MigratedError]:
+        """Return what stands against postcopy: huge pages that come unasked, mappings that cannot wait for pages."""
+        huge = _huge_pages()
+        mappings = {m.workload: m for block in self._machine.ram_blocks() for m in block.mappings if not _can_wait(m)}
+        return [*([huge] if huge else []), *map(_cannot_wait, mappings.values())]
+
     def advise(self) -> None:
-        """Catch touches of missing pages as soon as there are blocks. Raises WorkloadError."""
-        if (pages := shmem_huge_pages()) in SHMEM_HUGE_UNASKED:
-            raise KernelError(
-                "postcopy", errno.EINVAL,
-                f"transparent huge pages would fill memory that has not arrived: shmem_enabled is '{pages}', expected"
-                " 'never' or 'advise' in /sys/kernel/mm/transparent_hugepage",
-            )  # fmt: skip
+        """Catch touches of missing pages as soon as there are blocks. Raises KernelError."""
+        if (huge := _huge_pages()) is not None:
+            raise huge
         self._advised = True
 
     async def discard(self, block: str, ranges: Sequence[tuple[int, int]]) -> None:
@@ -229,12 +231,8 @@ class RamLoad:
 
     def _register(self, block: RamBlockPort) -> None:
         for mapping in block.mappings:
-            if mapping.userfault < 0 or not userfault_place.can_serve_missing(mapping.userfault):
-                raise WorkloadError(
-                    mapping.workload,
-                    "it cannot wait for pages (it has no userfaultfd that could tell): postcopy needs one for each"
-                    " process. Next: migrate with postcopy-ram off, or run it with the right to use userfaultfd",
-                )
+            if not _can_wait(mapping):
+                raise _cannot_wait(mapping)
             userfault.register(mapping.userfault, mapping.address, mapping.length, userfault.MODE_MISSING)
             self._registered.append(mapping)
 
@@ -338,6 +336,30 @@ class RamLoad:
                 arrivals.block.pages[stale] = 0
             arrivals.add_holes(run.pages)
         self._stats.duplicate += len(run.pages)
+
+
+def _huge_pages() -> KernelError | None:
+    if (pages := shmem_huge_pages()) not in SHMEM_HUGE_UNASKED:
+        return None
+    return KernelError(
+        "postcopy", errno.EINVAL,
+        f"transparent huge pages would fill memory that has not arrived: shmem_enabled is '{pages}', expected"
+        " 'never' or 'advise' in /sys/kernel/mm/transparent_hugepage",
+        error_id="huge-pages",
+    )  # fmt: skip
+
+
+def _can_wait(mapping: TrackedMapping) -> bool:
+    return mapping.userfault >= 0 and userfault_place.can_serve_missing(mapping.userfault)
+
+
+def _cannot_wait(mapping: TrackedMapping) -> WorkloadError:
+    return WorkloadError(
+        mapping.workload,
+        "it cannot wait for pages (it has no userfaultfd that could tell): postcopy needs one for each"
+        " process. Next: migrate with postcopy-ram off, or run it with the right to use userfaultfd",
+        error_id="userfaultfd-missing",
+    )
 
 
 def _punch(memfd: int, ranges: Sequence[tuple[int, int]]) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from migrated.errors import WorkloadError
+from migrated.errors import MigratedError, WorkloadError
 from migrated.model.faults import FaultFigures
 from migrated.model.runstate import RunState
 from migrated.stream.incoming import IncomingStream
@@ -177,6 +177,10 @@ class PostcopyLoadPort(Protocol):
 
         Raises WorkloadError or KernelError where this host cannot do it.
         """
+        ...
+
+    def obstacles(self) -> list[MigratedError]:
+        """Return everything that would make postcopy fail on this host as it is."""
         ...
 
     async def discard(self, block: str, ranges: Sequence[tuple[int, int]]) -> None:

@@ -29,7 +29,7 @@ from migrated.savevm.iothread_lock import IothreadLock
 from migrated.stream.blocking import BlockingIncoming
 from migrated.stream.incoming import IncomingStream
 from migrated.stream.outgoing import OutgoingStream
-from migrated.wire.announcement import AnnouncedSection
+from migrated.wire.preflight import SectionNeed
 from migrated.wire.section import SectionHeader, SectionType
 
 ANY_INSTANCE = -1
@@ -201,14 +201,15 @@ class SaveVMRegistry:
         active = {entry.section_id: entry for hook in hooks for entry in await self._active(hook)}
         return [f"{e.idstr}/{e.instance_id}" for e in active.values() if e.idstr not in known]
 
-    async def announcement(self) -> list[AnnouncedSection]:
-        """List the handlers that would send now, in list order."""
-        announced = []
+    async def section_needs(self) -> list[SectionNeed]:
+        """List the handlers that send, or would if they were active, in list order."""
+        needs = []
         for entry in list(self._entries):
             live = entry.ops.save_setup is not None or entry.ops.save_live_complete_precopy is not None
-            if (live or entry.ops.save_state) and await self._test(entry, "is_active", default=True):
-                announced.append(AnnouncedSection(entry.idstr, entry.instance_id, entry.version_id, live))
-        return announced
+            if live or entry.ops.save_state:
+                active = await self._test(entry, "is_active", default=True)
+                needs.append(SectionNeed(entry.idstr, entry.instance_id, entry.version_id, live, active))
+        return needs
 
     # -- loading -----------------------------------------------------------------------------------------------
 

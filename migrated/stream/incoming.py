@@ -304,11 +304,12 @@ class IncomingStream:
                 self._locate(error, self.offset)
                 return error
             case ChannelError() | SectionError() | WorkloadError():
-                return MigratedError(f"{error} (section {self.section}, stream offset {self.offset:#x})")
+                where = f"section {self.section}, stream offset {self.offset:#x}"
+                return MigratedError(f"{error} ({where})", error_id=error.error_id)
             case MigratedError():
                 return error
             case _:
-                return MigratedError(str(error))
+                return MigratedError(str(error), error_id="host-io")
 
     def _locate(self, error: RemoteProtocolError, offset: int) -> None:
         error.section = error.section or self.section

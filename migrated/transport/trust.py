@@ -44,12 +44,14 @@ class Trust:
         if not self.cleartext:
             raise CommandError(
                 f"{address} can be reached from other hosts, and there are no keys to know peers by. Next: pair the"
-                " hosts (migratectl pki init), or listen on a loopback address"
+                " hosts (migratectl pki init), or listen on a loopback address",
+                error_id="listener-unprotected",
             )
         if not allow:
             raise CommandError(
                 f"{address} can be reached from other hosts, in cleartext. Next: name those that may connect in the"
-                ' configuration ([migration] allow = ["10.0.0.7", ...]), or listen on a loopback address'
+                ' configuration ([migration] allow = ["10.0.0.7", ...]), or listen on a loopback address',
+                error_id="listener-unprotected",
             )
 
     def require_cleartext(self, sock: socket.socket, peer: str) -> None:

@@ -30,18 +30,16 @@ class Command(IntEnum):
     POSTCOPY_RESUME = 9
     RECV_BITMAP = 10
     SWITCHOVER_START = 11
-    #: A peer extension, see `wire.announcement`.
-    X_SECTIONS = 0x4D01
     #: Peer extensions, see `wire.handover`.
     X_OFFER = 0x4D02
     X_COMMIT = 0x4D03
     X_WITHDRAW = 0x4D04
     #: A peer extension: XXH3 (64 bits) of every byte since the last one, or the offer, up to its own payload.
     X_CHECKSUM = 0x4D05
+    #: A peer extension, see `wire.preflight`.
+    X_PREFLIGHT = 0x4D10
 
 
-#: Migration id and epoch.
-HANDOVER_BYTES = 16 + 8
 #: Payload bytes; None where the length varies and the command's own parser checks it.
 LENGTHS: dict[Command, int | None] = {
     Command.OPEN_RETURN_PATH: 0,
@@ -55,11 +53,11 @@ LENGTHS: dict[Command, int | None] = {
     Command.POSTCOPY_RESUME: 0,
     Command.RECV_BITMAP: None,
     Command.SWITCHOVER_START: 0,
-    Command.X_SECTIONS: None,
-    Command.X_OFFER: HANDOVER_BYTES + 1,
-    Command.X_COMMIT: HANDOVER_BYTES + 1,
-    Command.X_WITHDRAW: HANDOVER_BYTES,
+    Command.X_OFFER: None,
+    Command.X_COMMIT: None,
+    Command.X_WITHDRAW: None,
     Command.X_CHECKSUM: 8,
+    Command.X_PREFLIGHT: None,
 }
 _KNOWN = frozenset(LENGTHS)
 #: The length field has 16 bits.
@@ -72,8 +70,8 @@ PEER_PONG = 0x4D494744
 #: What else a `migrated` destination understands, in one more PONG unasked: the upper half is "MF", the lower one bits.
 PEER_FEATURES = 0x4D460000
 PEER_FEATURES_MASK = 0xFFFF0000
-FEATURE_SECTIONS = 0x0001
 FEATURE_HANDOVER = 0x0002
+FEATURE_PREFLIGHT = 0x0010
 
 
 def encode_command(command: Command, payload: bytes = b"") -> bytes:

@@ -3,7 +3,7 @@
 The rule of the file: it carries the messages of `model.handover`, and knows nothing of when they are sent. Sent only to
 a peer that has shown, by a bit of its features, that it knows them.
 
-    X_OFFER      16 bytes migration id, be64 epoch, u8 checked       source -> destination, commands
+    X_OFFER      counted migration id, be64 epoch, u8 checked       source -> destination, commands
                  checked: 1 = a checksum follows each section
     X_COMMIT     the same id and epoch, u8 serves: 1 = memory that is missing still comes
     X_WITHDRAW   the same id and epoch
@@ -12,15 +12,17 @@ a peer that has shown, by a bit of its features, that it knows them.
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 from enum import IntEnum
 
 from migrated.errors import RemoteProtocolError
-from migrated.wire.command import HANDOVER_BYTES, Command, encode_command
+from migrated.wire.command import Command, encode_command
+from migrated.wire.primitives import decode_name, encode_be64, encode_counted_string
 
-_OFFER = struct.Struct(">16sQ")
-ANSWER_BYTES = 1 + HANDOVER_BYTES
+_EPOCH_BYTES = 8
+#: A request id may be one; QMP takes no longer ones.
+MIGRATION_ID_MAX_BYTES = 64
+OFFER_MAX_BYTES = 1 + MIGRATION_ID_MAX_BYTES + _EPOCH_BYTES
 #: An epoch grows by one with each change of owner.
 EPOCH_MAX = 1 << 62
 
@@ -38,7 +40,7 @@ class Answer(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """One attempt to hand a machine over: its id, 32 hexadecimal digits, and the epoch it would begin."""
+    """One attempt to hand a machine over: its id, of up to MIGRATION_ID_MAX_BYTES, and the epoch it would begin."""
 
     migration_id: str
     epoch: int
@@ -69,26 +71,33 @@ def encode_withdrawal(offer: Offer) -> bytes:
 
 def handover_payload(offer: Offer) -> bytes:
     """Return what those commands are about."""
-    return _OFFER.pack(bytes.fromhex(offer.migration_id), offer.epoch)
+    return encode_counted_string(offer.migration_id) + encode_be64(offer.epoch)
 
 
 def decode_handover(payload: bytes) -> Offer:
-    """Decode a payload whose length was checked. Raises RemoteProtocolError for an epoch that none has."""
-    raw, epoch = _OFFER.unpack(payload)
+    """Decode an offer that fills ``payload``. Raises RemoteProtocolError."""
+    end = 1 + payload[0] if payload else 1
+    if not 1 < end <= 1 + MIGRATION_ID_MAX_BYTES or len(payload) != end + _EPOCH_BYTES:
+        raise RemoteProtocolError(
+            "a hand-over without an id and an epoch", section="hand-over", expected="a counted id, be64",
+            found=f"{len(payload)} bytes",
+        )  # fmt: skip
+    epoch = int.from_bytes(payload[end:], "big")
     if not 0 < epoch <= EPOCH_MAX:
         raise RemoteProtocolError(
             "a hand-over of an impossible epoch", section="hand-over", expected=f"1 to {EPOCH_MAX}", found=str(epoch)
         )
-    return Offer(raw.hex(), epoch)
+    return Offer(decode_name(payload[1:end], "a migration id"), epoch)
 
 
 def decode_with_flag(payload: bytes) -> tuple[Offer, bool]:
-    """Decode the payload of X_OFFER or X_COMMIT, whose length was checked. Raises RemoteProtocolError."""
-    if payload[-1] not in (0, 1):
+    """Decode the payload of X_OFFER or X_COMMIT. Raises RemoteProtocolError."""
+    offer, flag = decode_handover(payload[:-1]), payload[-1]
+    if flag not in (0, 1):
         raise RemoteProtocolError(
-            "a hand-over with an unknown flag", section="hand-over", expected="0 or 1", found=str(payload[-1])
+            "a hand-over with an unknown flag", section="hand-over", expected="0 or 1", found=str(flag)
         )
-    return decode_handover(payload[:-1]), bool(payload[-1])
+    return offer, bool(flag)
 
 
 def encode_answer(answer: HandoverAnswer) -> bytes:
@@ -97,7 +106,7 @@ def encode_answer(answer: HandoverAnswer) -> bytes:
 
 
 def decode_answer(body: bytes) -> HandoverAnswer:
-    """Decode a body whose length was checked. Raises RemoteProtocolError."""
+    """Decode a body of at least one byte. Raises RemoteProtocolError."""
     if body[0] not in Answer._value2member_map_:
         raise RemoteProtocolError(
             "an answer to a hand-over that does not exist", section="return path", expected="1 to 3", found=str(body[0])

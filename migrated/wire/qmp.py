@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from types import MappingProxyType
 from typing import Final
 
 MAX_MESSAGE_BYTES: Final = 1 << 20
@@ -303,9 +304,11 @@ def encode_return(value: object, ident: object = ABSENT) -> bytes:
     return _line(_with_id({"return": value}, ident))
 
 
-def encode_error(qmp_class: str, desc: str, ident: object = ABSENT) -> bytes:
-    """A command's refusal."""
-    return _line(_with_id({"error": {"class": qmp_class, "desc": desc}}, ident))
+def encode_error(
+    qmp_class: str, desc: str, ident: object = ABSENT, more: Mapping[str, object] = MappingProxyType({})
+) -> bytes:
+    """A command's refusal; ``more`` are members of the error that QEMU does not have."""
+    return _line(_with_id({"error": {"class": qmp_class, "desc": desc, **more}}, ident))
 
 
 def encode_event(name: str, data: Mapping[str, object], timestamp_us: int) -> bytes:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from migrated.errors import LocalProtocolError, RemoteProtocolError
-from migrated.wire.handover import ANSWER_BYTES, HandoverAnswer, decode_answer, encode_answer
+from migrated.wire.handover import OFFER_MAX_BYTES, HandoverAnswer, decode_answer, encode_answer
 from migrated.wire.primitives import (
     decode_name,
     encode_be16,
@@ -30,6 +30,8 @@ from migrated.wire.pull import Parser
 
 #: QEMU's source reads a message into a buffer of this size.
 MESSAGE_MAX_BYTES = 512
+#: Only between two `migrated` daemons: what does not fit goes on in the next message.
+PREFLIGHT_MAX_BYTES = 0xFFFF
 #: Room for a sentence, with some of MESSAGE_MAX_BYTES left for later.
 REASON_MAX_BYTES = 500
 #: Numbers in X_FAULTS: requests, and for each of three classes count, p50, p99, maximum and 24 buckets.
@@ -57,6 +59,7 @@ class Message(IntEnum):
     X_REASON = 0x4D01
     X_FAULTS = 0x4D02
     X_HANDOVER = 0x4D03
+    X_PREFLIGHT = 0x4D10
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +118,24 @@ class Faults:
     words: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class PreflightPiece:
+    """A piece of the answer to a preflight (`wire.preflight`); only between two `migrated` daemons."""
+
+    body: bytes
+
+
 ReturnMessage = (
-    HandoverAnswer | Faults | Shut | Pong | RequestPages | ReceivedBitmap | ResumeAck | SwitchoverAck | Reason
+    PreflightPiece
+    | HandoverAnswer
+    | Faults
+    | Shut
+    | Pong
+    | RequestPages
+    | ReceivedBitmap
+    | ResumeAck
+    | SwitchoverAck
+    | Reason
 )
 
 _REQUEST = struct.Struct(">HHQI")
@@ -167,6 +186,11 @@ def encode_faults(words: Sequence[int]) -> bytes:
 def encode_handover_answer(answer: HandoverAnswer) -> bytes:
     """Encode what the destination says about an offer; only for a `migrated` source."""
     return _encode(Message.X_HANDOVER, encode_answer(answer))
+
+
+def encode_preflight(body: bytes) -> bytes:
+    """Encode a piece of the answer to a preflight."""
+    return _encode(Message.X_PREFLIGHT, body)
 
 
 def encode_reason(text: str) -> bytes:
@@ -269,8 +293,9 @@ _TABLE: dict[int, tuple[int, int, Callable[[bytes], ReturnMessage]]] = {
     Message.RECV_BITMAP: (1, MESSAGE_MAX_BYTES, _received_bitmap),
     Message.RESUME_ACK: (4, 4, lambda body: ResumeAck(_number(body))),
     Message.SWITCHOVER_ACK: (0, 0, lambda _: SwitchoverAck()),
-    Message.X_HANDOVER: (ANSWER_BYTES, ANSWER_BYTES, decode_answer),
+    Message.X_HANDOVER: (1, 1 + OFFER_MAX_BYTES, decode_answer),
     Message.X_FAULTS: (4 * FAULT_WORDS, 4 * FAULT_WORDS, lambda body: Faults(struct.unpack(f">{FAULT_WORDS}I", body))),
+    Message.X_PREFLIGHT: (1, PREFLIGHT_MAX_BYTES, PreflightPiece),
     # The text goes to an operator: a bad byte in it must not hide the rest.
     Message.X_REASON: (0, MESSAGE_MAX_BYTES, lambda body: Reason(printable(body))),
 }

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from migrated.control.commands import VERSION
 from migrated.demo.site import Site
 from migrated.errors import CommandError
+from migrated.wire.preflight import Answer, answer_pieces
+from migrated.wire.return_path import encode_preflight
 from tests.integration.conftest import MakeSite
 from tests.support.following import (
     assert_moved,
@@ -23,11 +26,13 @@ from tests.support.following import (
 )
 from tests.support.proxy import Proxy
 
-COMMIT = bytes.fromhex("08 4d03 0019")
-READY = bytes.fromhex("4d03 0019 01")
-ACTIVE = bytes.fromhex("4d03 0019 02")
-#: Five PONGs (magic, its greeting, its features, 1, 2) of eight bytes, and READY: what comes after them is the answer.
-HEARD_BYTES = 5 * 8 + 29
+COMMIT = bytes.fromhex("08 4d03 002a")
+READY = bytes.fromhex("4d03 002a 01")
+ACTIVE = bytes.fromhex("4d03 002a 02")
+#: What a destination says to a preflight when there is nothing to say.
+PREFLIGHTED = encode_preflight(*answer_pieces(Answer(str(VERSION["package"]), "demo", [])))
+#: Five PONGs (magic, its greeting, its features, 1, 2) of eight bytes, that, and READY: what comes then is the answer.
+HEARD_BYTES = 5 * 8 + len(PREFLIGHTED) + 4 + 42
 NOWHERE = ("127.0.0.1", 1)
 
 

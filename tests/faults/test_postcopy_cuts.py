@@ -170,7 +170,7 @@ def test_commands_out_of_place(pair: tuple[Site, Site]) -> None:
     assert_still_runs(a)
 
 
-COMMIT = bytes.fromhex("08 4d03 0019")
+COMMIT = bytes.fromhex("08 4d03 002a")
 
 
 def test_a_commit_that_is_lost_is_said_again(pair: tuple[Site, Site], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from migrated.demo.site import Site
 from tests.integration.conftest import MakeSite
 from tests.support.contract_device import STEPS
-from tests.support.following import migrate, wait_status
+from tests.support.following import migrate, wait_status, wait_until
 from tests.support.recorder import QUESTIONS
 
 CONFIG = '[handlers]\nload = ["tests.support.contract_device:register"]\n'
@@ -76,10 +76,24 @@ def test_cleanup_comes_even_when_setup_never_ran(sites: tuple[Site, Site], tmp_p
     assert calls(a, tmp_path) == [("save_cleanup", True, "running")]
 
 
-def test_cleanup_comes_after_a_refused_stream(sites: tuple[Site, Site], make_site: MakeSite, tmp_path: Path) -> None:
+def test_nothing_is_called_where_the_machine_cannot_come(
+    sites: tuple[Site, Site], make_site: MakeSite, tmp_path: Path
+) -> None:
     a, _ = sites
     small = make_site("small", ram_bytes=8 << 20, config=CONFIG)
     a.qmp.execute("migrate", {"uri": small.address})
     wait_status(a, {"failed"})
-    assert calls(small, tmp_path)[0][0] == "load_setup"
+    assert not (tmp_path / f"{small.daemon.pid}.jsonl").exists()
+    assert calls(a, tmp_path)[-1] == ("save_cleanup", True, "running")
+
+
+def test_cleanup_comes_after_a_stream_that_broke(sites: tuple[Site, Site], tmp_path: Path) -> None:
+    a, b = sites
+    a.qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 20})
+    a.qmp.execute("migrate", {"uri": b.address})
+    wait_until(lambda: b.qmp.execute("query-migrate").get("status") == "active", "B loads")
+    a.qmp.execute("migrate_cancel")
+    wait_status(a, {"cancelled"})
+    wait_until(lambda: calls(b, tmp_path)[-1][0] == "load_cleanup", "B has cleaned up")
+    assert calls(b, tmp_path)[0][0] == "load_setup"
     assert calls(a, tmp_path)[-1] == ("save_cleanup", True, "running")

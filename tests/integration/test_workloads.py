@@ -74,7 +74,7 @@ def test_a_device_without_a_twin_is_named_by_the_destination(make_site: MakeSite
 
 def test_a_twin_with_a_device_that_does_not_arrive_is_refused(make_site: MakeSite) -> None:
     a, b = start(make_site, "A", "none"), start(make_site, "B", "fail-on-load")
-    assert "without the state of picky/0" in fail(a, b)
+    assert "nothing comes for picky/0 [section-not-sent]" in fail(a, b)
     assert_still_runs(a)
 
 

@@ -345,7 +345,8 @@ class _PostcopyDissector(_Dissector):
             self._offered = payload
         elif number == COMMIT and self._ran:
             # What was offered, or with another epoch, and that memory follows.
-            if payload[:16] != self._offered[:16] or payload[24:] != b"\x01":
+            size = 1 + self._offered[0]
+            if payload[:size] != self._offered[:size] or payload[size + 8 :] != b"\x01":
                 raise self._bad("a commit of another offer")
         elif number != PING and self._advised:
             raise self._bad(f"command {number} at this place")

@@ -35,6 +35,7 @@ class FakeMigrator:
         self.entered = asyncio.Event()
         self.descriptors = Descriptors()
         self.record: dict[str, object] = {"record": "owner", "text": "this host owns it", "next-step": "nothing to do"}
+        self.verdict: dict[str, object] = {"ready": True, "checked": ["source", "destination"], "blockers": []}
         self.subscribers: list[EventCallback] = []
 
     def set_capabilities(self, changes: dict[str, bool]) -> None:
@@ -43,8 +44,12 @@ class FakeMigrator:
     def set_parameters(self, changes: dict[str, object]) -> None:
         self.parameters = self.parameters.replace(changes)
 
-    async def migrate(self, uri: str, *, resume: bool = False) -> None:
-        await self._called("migrate", uri, resume)
+    async def migrate(self, uri: str, *, resume: bool = False, request_id: str = "") -> None:
+        await self._called("migrate", uri, resume, *([request_id] if request_id else []))
+
+    async def preflight(self, uri: str) -> dict[str, object]:
+        await self._called("preflight", uri)
+        return self.verdict
 
     async def cancel(self) -> None:
         await self._called("cancel")

@@ -6,6 +6,7 @@ The rule of the file: data only, made with `craft`. A case begins as a good stre
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,14 @@ from tests.support.craft import CONTINUE, EOS, FULL, PAGE, PART, RAM_ID, START, 
 MEMORY = {"mem0": random.Random(1).randbytes(6 * PAGE) + bytes(9 * PAGE) + b"\7" * PAGE, "vram": bytes(4 * PAGE)}
 DEVICES = {"disk": bytes(range(16))}
 BLOCKS = {name: len(content) for name, content in MEMORY.items()}
+SECTION = {"idstr": "disk", "instance_id": 0, "version_id": 1, "live": False}
+#: What a `migrated` source would say before it sends this machine.
+NEEDS: dict[str, object] = {
+    "protocol": 1, "tool": "test", "dry_run": False, "migration_id": "m", "name": "kv", "machine_type": "none",
+    "uuid": None, "clock_ms": 0, "capabilities": {}, "parameters": {},
+    "blocks": [{"name": name, "size_bytes": size, "page_size": 4096} for name, size in BLOCKS.items()],
+    "sections": [{"idstr": "ram", "instance_id": 0, "version_id": 4, "live": True}, SECTION],
+}  # fmt: skip
 
 HEAD = craft.header() + craft.configuration()
 LEAD = HEAD + craft.open_return_path()
@@ -64,6 +73,11 @@ def config(name: str, section: bytes, *says: str) -> Case:
     return head(f"configuration, {name}", craft.header() + section + craft.open_return_path() + RAM, *says)
 
 
+def misfit(name: str, section: bytes, *says: str) -> Case:
+    """A good configuration, of a machine that does not belong here: its source may ask what else stands in its way."""
+    return Case(f"configuration, {name}", craft.header() + section + craft.open_return_path() + RAM, says)
+
+
 def _head_cases() -> Iterator[Case]:
     in_head = "section stream header"
     magic = "expected 0x5145564d"
@@ -82,7 +96,7 @@ def _head_cases() -> Iterator[Case]:
 def _configuration_cases() -> Iterator[Case]:
     bits, names, uuid = (f"configuration/{name}" for name in ("target-page-bits", "capabilities", "uuid"))
     for name in ("other", "no", "nonesuch", ""):
-        yield config(
+        yield misfit(
             f"machine type {name!r}",
             craft.configuration(name),
             f"Machine type received is '{name}' and local is 'none'",
@@ -101,9 +115,9 @@ def _configuration_cases() -> Iterator[Case]:
     yield config("subsection v9", sub(uuid, bytes(16), 9), f"unsupported version of subsection {uuid}", "found 9")
     twice = craft.configuration(subsections=craft.subsection(uuid, bytes(16)) * 2)
     yield config("subsection twice", twice, "subsection sent twice", uuid)
-    yield config("page bits", sub(bits, craft.number(14, 4)), "Received TARGET_PAGE_BITS is 14 but local is 12")
+    yield misfit("page bits", sub(bits, craft.number(14, 4)), "Received TARGET_PAGE_BITS is 14 but local is 12")
     one = craft.number(1, 4) + craft.name("x-ignore-shared")
-    yield config("capability", sub(names, one), "Capability x-ignore-shared is off, but received capability is on")
+    yield misfit("capability", sub(names, one), "Capability x-ignore-shared is off, but received capability is on")
     yield config("capabilities", sub(names, craft.number(HUGE32, 4)), "too long", "at most 64", f"found {HUGE32}")
 
 
@@ -118,27 +132,40 @@ def _command_cases() -> Iterator[Case]:
         yield after_lead(name, craft.command(number), f"command {name} is not implemented", f"found {name}")
 
 
-def _list_cases() -> Iterator[Case]:
-    """Lists of sections, as a `migrated` source sends them ahead."""
+def _preflight_cases() -> Iterator[Case]:
+    """What a source says it needs, before anything moves."""
 
-    def listed(*names: str, more: int = 0, version: int = 1, how: int = 4) -> bytes:
-        numbers = craft.number(0, 4) + craft.number(version, 4) + bytes([how])
-        return craft.command(0x4D01, bytes([more]) + b"".join(craft.name(name) + numbers for name in names))
+    def piece(body: bytes, more: int = 0) -> bytes:
+        return craft.command(0x4D10, bytes([more]) + body)
 
-    sets_up = RAM + craft.ping(2)
-    yield after_lead("list, no list", craft.command(0x4D01), "truncated")
-    yield after_lead("list, half an entry", craft.command(0x4D01, b"\0\4disk\0"), "truncated")
-    yield after_lead("list, of a kind", listed("disk", how=2), "X_SECTIONS lists no section", "found 'disk', 2")
-    yield after_lead("list, behind the last", listed("disk") + listed("disk"), "X_SECTIONS behind the last one")
-    too_many = listed(*["disk"] * 4000, more=1) + listed(*["disk"] * 97)
-    yield after_lead("list, 4097", too_many, "too many sections", "expected at most 4096")
-    ghosts = listed("ghost", more=1) + listed("ghoul", how=1) + sets_up
-    missing = "nothing here takes ghost/0, ghoul/0; and nothing comes for disk/0"
-    yield after_lead("list, unknown", ghosts, missing, "section list of sections")
-    old = listed("disk", version=2) + sets_up
-    yield after_lead("list, too new", old, "nothing here takes disk/0 in version 2 (here up to 1)")
-    early = listed("ghost", "disk") + craft.full_head(START, 2, "ghost", 0, 1)
-    yield after_lead("list, and at once", early, "nothing here takes ghost/0", "section list of sections")
+    def said(body: bytes) -> bytes:
+        return piece(body) + RAM
+
+    complete = json.dumps(NEEDS).encode()
+    yield after_lead("needs, nothing", craft.command(0x4D10) + RAM, "X_PREFLIGHT goes on or not", "found nothing")
+    yield after_lead("needs, of a kind", piece(b"", 2), "X_PREFLIGHT goes on or not", "found 02")
+    yield after_lead("needs, no JSON", said(b"{"), "X_PREFLIGHT cannot be understood", "section preflight")
+    yield after_lead("needs, deep", said(b"[" * 60000), "X_PREFLIGHT cannot be understood")
+    yield after_lead("needs, nobody's", said(b"{}"), "X_PREFLIGHT cannot be understood", "missing required field")
+    endless = piece(b" " * 65000, 1) * 65
+    yield after_lead("needs, endless", endless, "X_PREFLIGHT is too long", "at most 4194304 bytes")
+    odd = json.dumps({**NEEDS, "name": "kv\x1b[2J"}).encode()
+    yield after_lead("needs, a name for a terminal", said(odd), "characters that cannot be printed")
+    yield after_lead("needs, twice", piece(complete) + piece(complete), "X_PREFLIGHT behind the last one")
+    negative = {**NEEDS, "blocks": [{"name": "mem0", "size_bytes": -1, "page_size": 4096}]}
+    yield after_lead(
+        "needs, less than nothing", said(json.dumps(negative).encode()), "X_PREFLIGHT cannot be understood"
+    )
+    many = {**NEEDS, "sections": [SECTION] * 4097}
+    yield after_lead("needs, 4097 sections", piece_of(json.dumps(many).encode()), "X_PREFLIGHT cannot be understood")
+    late = RAM + piece(complete)
+    yield after_lead("needs, late", late, "command X_PREFLIGHT is not implemented")
+
+
+def piece_of(body: bytes) -> bytes:
+    """Return a preflight in as many commands as it takes."""
+    parts = [body[at : at + 65000] for at in range(0, len(body), 65000)]
+    return b"".join(craft.command(0x4D10, bytes([at < len(parts) - 1]) + part) for at, part in enumerate(parts))
 
 
 def _postcopy_cases() -> Iterator[Case]:
@@ -305,7 +332,7 @@ CASES = [
     *_head_cases(),
     *_configuration_cases(),
     *_command_cases(),
-    *_list_cases(),
+    *_preflight_cases(),
     *_postcopy_cases(),
     *_element_cases(),
     *_block_cases(),

@@ -11,11 +11,16 @@ import struct
 import sys
 
 PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
-SYS_USERFAULTFD = 323  # x86-64
-# Classic BPF: load the number of the call; userfaultfd -> EPERM, all others -> allowed.
+SYS_USERFAULTFD, SYS_IOCTL = 323, 16  # x86-64
+USERFAULTFD_IOC_NEW = 0xAA00
+# Classic BPF: load the number of the call; userfaultfd -> EPERM, its ioctl on the device (load the second argument)
+# as well, all others -> allowed.
 FILTER = (
     (0x20, 0, 0, 0),
-    (0x15, 0, 1, SYS_USERFAULTFD),
+    (0x15, 3, 0, SYS_USERFAULTFD),
+    (0x15, 0, 3, SYS_IOCTL),
+    (0x20, 0, 0, 24),
+    (0x15, 0, 1, USERFAULTFD_IOC_NEW),
     (0x06, 0, 0, 0x0005_0001),
     (0x06, 0, 0, 0x7FFF_0000),
 )

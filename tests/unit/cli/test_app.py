@@ -127,11 +127,11 @@ async def test_exit_code_says_who_owns_the_machine(ctl: Ctl, info: dict[str, obj
 async def test_refused_migrations(ctl: Ctl) -> None:
     ctl.migrator.refusal = CommandError("There's a migration process in progress")
     ran = await ctl.run("migrate", "tcp:h:1")
-    assert ran == Ran(3, "", "migratectl: There's a migration process in progress\n")
+    assert ran == Ran(3, "", "migratectl: There's a migration process in progress [command-refused]\n")
     ran = await ctl.run("migrate", "tcp:h:1", "--json")
     assert ran.code == 3
     assert ran.err == ""
-    expected = {"class": "GenericError", "desc": "There's a migration process in progress"}
+    expected = {"class": "GenericError", "desc": "There's a migration process in progress", "id": "command-refused"}
     assert ran.json == {"error": expected}
 
 
@@ -252,7 +252,7 @@ async def test_simple_commands(ctl: Ctl, words: tuple[str, ...], call: tuple[Any
     assert isinstance(ran.json, dict)
     assert ctl.migrator.calls == [call, call]
     ctl.migrator.refusal = CommandError("not now")
-    assert await ctl.run(*words) == Ran(3, "", "migratectl: not now\n")
+    assert await ctl.run(*words) == Ran(3, "", "migratectl: not now [command-refused]\n")
 
 
 async def test_incoming_says_where(ctl: Ctl) -> None:
@@ -356,7 +356,9 @@ async def test_capabilities(ctl: Ctl) -> None:
     shown = (await ctl.run("capabilities", "events=off", "--json")).json
     assert (shown["events"], shown["auto-converge"]) == (False, True)
     ran = await ctl.run("capabilities", "multifd=on")
-    assert ran == Ran(3, "", "migratectl: Capability 'multifd' is not implemented by this version of migrated\n")
+    assert ran == Ran(
+        3, "", "migratectl: Capability 'multifd' is not implemented by this version of migrated [argument-invalid]\n"
+    )
     for word in ("events", "events=maybe", "=on"):
         assert (await ctl.run("capabilities", word)).code == 2
 
@@ -370,7 +372,7 @@ async def test_parameters(ctl: Ctl) -> None:
     assert ctl.migrator.parameters.integer("max-bandwidth") == 1 << 30
     assert (await ctl.run("parameters", "--json")).json["downtime-limit"] == 500
     ran = await ctl.run("parameters", "downtime-limt=1")
-    assert ran == Ran(3, "", "migratectl: Parameter 'downtime-limt' is unexpected\n")
+    assert ran == Ran(3, "", "migratectl: Parameter 'downtime-limt' is unexpected [argument-invalid]\n")
     ran = await ctl.run("parameters", "downtime-limit=soon")
     assert ran.code == 2
     assert "'soon' is not a size" in ran.err
@@ -435,7 +437,9 @@ async def test_a_daemon_that_is_not_there(ctl: Ctl, tmp_path: Path) -> None:
     process = await ctl.start("--socket", str(tmp_path / "none"), "status")
     ran = await finish(process)
     assert ran.code == 3
-    assert ran.err == f"migratectl: Failed to connect to '{tmp_path / 'none'}': No such file or directory\n"
+    assert (
+        ran.err == f"migratectl: Failed to connect to '{tmp_path / 'none'}': No such file or directory [link-closed]\n"
+    )
 
 
 async def test_machine_names_stand_for_sockets() -> None:

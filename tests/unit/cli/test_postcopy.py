@@ -148,7 +148,7 @@ async def test_without_a_wait_only_at_once(ctl: Ctl) -> None:
 
 async def test_a_refused_migration_leaves_the_capability_as_it_was(ctl: Ctl) -> None:
     ctl.migrator.refusal = CommandError("not now")
-    assert await ctl.run("migrate", "--postcopy", "tcp:h:1") == Ran(3, "", "migratectl: not now\n")
+    assert await ctl.run("migrate", "--postcopy", "tcp:h:1") == Ran(3, "", "migratectl: not now [command-refused]\n")
     assert not on(ctl)
 
 
@@ -228,7 +228,7 @@ async def test_recover_without_a_pause_is_refused_by_the_daemon(ctl: Ctl) -> Non
     ctl.migrator.refusal = CommandError("Migrate recover can only be run when postcopy is paused.")
     ctl.migrator.info = {}
     ran = await ctl.run("recover", "tcp:0:1")
-    assert ran == Ran(3, "", "migratectl: Migrate recover can only be run when postcopy is paused.\n")
+    assert ran == Ran(3, "", "migratectl: Migrate recover can only be run when postcopy is paused. [command-refused]\n")
     ctl.migrator.info = {"status": "postcopy-paused", "x-migrated-outcome": "unknown"}
     ran = await ctl.run("recover")
     assert (ran.code, "say URI" in ran.err) == (2, True)

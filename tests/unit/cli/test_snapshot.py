@@ -46,7 +46,7 @@ async def test_a_failure_says_what_is_left(ctl: Ctl, record: str, code: int) -> 
 async def test_a_refusal(ctl: Ctl) -> None:
     ctl.snapshots.refusal = CommandError("There's a migration process in progress")
     ran = await ctl.run("snapshot", "save", "nightly")
-    assert (ran.code, ran.err) == (3, "migratectl: There's a migration process in progress\n")
+    assert (ran.code, ran.err) == (3, "migratectl: There's a migration process in progress [command-refused]\n")
 
 
 async def test_ctrl_c_cancels_and_a_second_one_leaves(ctl: Ctl) -> None:

@@ -83,7 +83,7 @@ def test_the_schema_describes_itself(schema: QmpSchema) -> None:
 
 def test_arguments_are_described_as_qemu_describes_them(schema: QmpSchema) -> None:
     migrate = schema.members(schema.entries["migrate"]["arg-type"])
-    assert list(migrate) == ["uri", "blk", "inc", "detach", "resume"]
+    assert list(migrate) == ["uri", "blk", "inc", "detach", "resume", "x-migrated-request-id"]
     assert migrate["uri"] == {"name": "uri", "type": "str"}
     assert migrate["resume"] == {"name": "resume", "type": "bool", "default": None}
     parameters = schema.members(schema.entries["migrate-set-parameters"]["arg-type"])

@@ -65,7 +65,7 @@ async def test_what_is_not_needed_has_no_section() -> None:
     bench = Bench()
     vmstate_register(bench.registry, None, 0, Counter, SimpleNamespace(count=0))
     assert await saved(bench) == b""
-    assert await bench.registry.announcement() == []
+    assert [need.active for need in await bench.registry.section_needs()] == [False]
 
 
 async def test_the_description_goes_behind_the_stream() -> None:
@@ -104,7 +104,7 @@ async def test_names_instances_and_priorities() -> None:
     assert [vmstate_register(bench.registry, None, -1, Counter, each) for each in (one, two)] == [0, 1]
     vmstate_register(bench.registry, Owner(), 7, First, one)
     assert bench.registry.section_ids() == [("0000:00:03.0/first", 7), ("counter", 0), ("counter", 1)]
-    assert [str(section) for section in await bench.registry.announcement()] == [
+    assert [str(section) for section in await bench.registry.section_needs()] == [
         "0000:00:03.0/first/7", "counter/0", "counter/1"]  # fmt: skip
     vmstate_unregister(bench.registry, None, Counter, one)
     vmstate_unregister(bench.registry, Owner(), First, one)

@@ -43,7 +43,7 @@ def test_every_command_comes_back(command: Command) -> None:
     assert check_command(header) is command
 
 
-@pytest.mark.parametrize("number", [0, 12, 0x4D00, 0x4D05, 0xFFFF])
+@pytest.mark.parametrize("number", [0, 12, 0x4D00, 0x4D06, 0xFFFF])
 def test_unknown_numbers(number: int) -> None:
     with pytest.raises(RemoteProtocolError) as caught:
         check_command(CommandHeader(number, b"abcde"))

@@ -56,7 +56,7 @@ def test_every_message(raw: bytes) -> None:
         ("0000 0000", "Received invalid message 0x0000 length 0x0000"),
         ("0008 0004 00000000", "Received invalid message 0x0008 length 0x0004"),
         ("4d04 0001", "Received invalid message 0x4d04 length 0x0001"),
-        ("4d03 0001", "Received 'X_HANDOVER' message (0x4d03) with incorrect length 1 expecting 25"),
+        ("4d03 0000", "Received 'X_HANDOVER' message (0x4d03) with incorrect length 0 expecting 1"),
         ("4d02 0001", "Received 'X_FAULTS' message (0x4d02) with incorrect length 1 expecting 340"),
         ("0001 0003", "Received 'SHUT' message (0x0001) with incorrect length 3 expecting 4"),
         ("0002 ffff", "Received 'PONG' message (0x0002) with incorrect length 65535 expecting 4"),
