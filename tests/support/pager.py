@@ -5,8 +5,6 @@ The rule of the file: what the program says on stdout is read by `Site`; nothing
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 
 from migrated.demo.site import Site
+from tests.support.compiler import NEEDS, compile_c, has_compiler
 
 SOURCES = sorted(Path(__file__).parent.glob("pager*.c"))
 MIB = 1 << 20
@@ -21,14 +20,9 @@ MIB = 1 << 20
 
 def compile_pager(directory: Path) -> Path:
     """Return the program, compiled into ``directory``. Skips the test where there is no C compiler."""
-    if shutil.which("gcc") is None or not Path("/usr/include/stdio.h").exists():
-        pytest.skip("needs gcc and libc6-dev")
-    program = directory / "pager"
-    warnings = ["-Wall", "-Wextra", "-Wconversion"]
-    command = ["gcc", "-O2", "-pthread", *warnings, "-o", str(program), *map(str, SOURCES)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return program
+    if not has_compiler():
+        pytest.skip(NEEDS)
+    return compile_c(directory / "pager", SOURCES)
 
 
 class PagerSite(Site):
