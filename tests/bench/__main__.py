@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.bench import dirty, downtime, postcopy, service, snapshot, throughput, tls, untouched
+from tests.bench import dirty, downtime, faults, postcopy, service, snapshot, throughput, tls, untouched
 from tests.bench.case import Bench, Case
 from tests.bench.figures import Figure, show
 from tests.bench.host import describe
@@ -27,6 +27,7 @@ CASES: dict[str, Case] = {
     "dirty": dirty.run,
     "service": service.run,
     "postcopy": postcopy.run,
+    "faults": faults.run,
     "snapshot": snapshot.run,
     "tls": tls.run,
 }

@@ -24,6 +24,7 @@ CODE = bytes.fromhex(
 WORKING_SET_BYTES = 64 << 20
 ROUNDS_ADDRESS = 0x8000
 _FLOPPY_BYTES = 1440 << 10
+_CODE_BYTES = 510
 _BEGIN = 16 << 20
 _CMP_EDI = bytes.fromhex("81ff")
 
@@ -34,4 +35,11 @@ def write_floppy(path: Path, working_set_bytes: int = WORKING_SET_BYTES) -> None
     code = CODE.replace(
         _CMP_EDI + (_BEGIN + WORKING_SET_BYTES).to_bytes(4, "little"), _CMP_EDI + end.to_bytes(4, "little")
     )
-    path.write_bytes((code.ljust(510, b"\0") + b"\x55\xaa").ljust(_FLOPPY_BYTES, b"\0"))
+    write_boot_floppy(path, code)
+
+
+def write_boot_floppy(path: Path, code: bytes) -> None:
+    """Write a floppy image that boots into ``code``, at 0x7c00 in real mode."""
+    if len(code) > _CODE_BYTES:
+        raise ValueError(f"{len(code)} bytes of code, a boot sector holds {_CODE_BYTES}")
+    path.write_bytes((code.ljust(_CODE_BYTES, b"\0") + b"\x55\xaa").ljust(_FLOPPY_BYTES, b"\0"))

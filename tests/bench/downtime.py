@@ -77,29 +77,16 @@ def _ours(bench: Bench, content: Path) -> dict[str, Any]:
 def _qemu(bench: Bench, content: Path) -> dict[str, Any]:
     floppy = bench.directory / "walk.img"
     write_floppy(floppy)
-    guest = bench.memory / "guest"
-    common = ["-M", "pc,memory-backend=mem0", "-m", str(RAM_BYTES // MIB)]
-    common += ["-drive", f"if=floppy,file={floppy},format=raw,readonly=on", "-boot", "a"]
-    try:
-        # The guest writes to its memory: every run gets a fresh copy of the content.
-        guest.write_bytes(content.read_bytes())
-        with (
-            qemu.qemu(bench.directory, "qemu-source", [*common, *qemu.backend_file(guest, RAM_BYTES)]) as source,
-            qemu.qemu(
-                bench.directory, "qemu-target", [*common, *qemu.backend_cold(RAM_BYTES), "-incoming", "defer"]
-            ) as target,
-        ):
-            wait_walking(source)
-            rate = _rate(lambda: _guest_rounds(source))
-            warm(RAM_BYTES)
-            figures = qemu.migrate(source, target, LIMITS)
-            return {
-                "downtime_ms": float(figures["downtime"]),
-                "total_ms": float(figures["total-time"]),
-                "write_mib_per_s": rate,
-            }
-    finally:
-        guest.unlink(missing_ok=True)
+    with qemu.guests(bench.directory, content, RAM_BYTES, floppy) as (source, target):
+        wait_walking(source)
+        rate = _rate(lambda: _guest_rounds(source))
+        warm(RAM_BYTES)
+        figures = qemu.migrate(source, target, LIMITS)
+        return {
+            "downtime_ms": float(figures["downtime"]),
+            "total_ms": float(figures["total-time"]),
+            "write_mib_per_s": rate,
+        }
 
 
 def _rate(rounds: Any) -> float:

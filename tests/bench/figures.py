@@ -44,6 +44,8 @@ class Figure:
     """What exactly was measured, in a sentence."""
     target: Target | None = None
     against: str = ""
+    who: str = ""
+    """Whose figure it is where it is not ours: one yardstick held against another."""
     ours: list[float] = field(default_factory=list)
     theirs: list[float] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
@@ -77,6 +79,7 @@ class Figure:
             "name": self.name,
             "unit": self.unit,
             "how": self.how,
+            "who": self.who or "migrated",
             "median": statistics.median(self.ours),
             "ours": self.ours,
             "against": self.against or None,
@@ -100,7 +103,7 @@ def show(figures: Sequence[Figure], console: Console) -> None:
             figure.case,
             figure.name,
             figure.unit,
-            _number(statistics.median(figure.ours)),
+            f"{figure.who} {_number(statistics.median(figure.ours))}".strip(),
             theirs,
             "-" if figure.ratio is None else f"{figure.ratio:.2f}",
             "-" if figure.target is None else str(figure.target),

@@ -16,13 +16,15 @@ from typing import Any
 
 from migrated.control.client import QmpClient
 from migrated.errors import ChannelClosed
-from tests.bench.host import GIB
+from tests.bench.host import GIB, MIB
 from tests.bench.processes import DEADLINE_S, BenchError, running, tail
 
 BINARY = "qemu-system-x86_64"
 UNLIMITED_BPS = 100 * GIB
 #: Connecting and following; total-time is what the source says, so a rare look costs no accuracy.
 POLL_S = 0.05
+#: The names of two `guests`.
+SOURCE, TARGET = "qemu-source", "qemu-target"
 #: The smallest machine there is: no processor, no devices, one RAM block.
 EMPTY = ("-M", "none,memory-backend=mem0")
 
@@ -55,6 +57,41 @@ def qemu(directory: Path, name: str, arguments: Sequence[str]) -> Iterator[QmpCl
         yield stack.enter_context(_connect(process, socket, log))
 
 
+@contextmanager
+def guests(
+    directory: Path, content: Path, size_bytes: int, floppy: Path, *, serial: bool = False
+) -> Iterator[tuple[QmpClient, QmpClient]]:
+    """Run a guest that boots from a floppy, its memory a fresh copy of ``content``, and a QEMU that waits for it.
+
+    With ``serial`` each has a socket at its first serial port, `serial_socket`, and the guest does not run yet.
+    """
+    common = ["-M", "pc,memory-backend=mem0", "-m", str(size_bytes // MIB)]
+    common += ["-drive", f"if=floppy,file={floppy},format=raw,readonly=on", "-boot", "a"]
+
+    def arguments(name: str) -> list[str]:
+        chardev = f"socket,id=serial,path={serial_socket(directory, name)},server=on,wait=off"
+        return [*common, "-chardev", chardev, "-serial", "chardev:serial"] if serial else common
+
+    guest = content.with_name("guest")
+    cold = [*backend_cold(size_bytes), "-incoming", "defer"]
+    try:
+        # The guest writes to its memory, so it gets a copy.
+        shutil.copyfile(content, guest)
+        warm = [*backend_file(guest, size_bytes), *(["-S"] if serial else [])]
+        with (
+            qemu(directory, SOURCE, [*arguments(SOURCE), *warm]) as source,
+            qemu(directory, TARGET, [*arguments(TARGET), *cold]) as target,
+        ):
+            yield source, target
+    finally:
+        guest.unlink(missing_ok=True)
+
+
+def serial_socket(directory: Path, name: str) -> Path:
+    """Say where the serial port of one of the `guests` is."""
+    return directory / f"{name}.serial"
+
+
 def _connect(process: subprocess.Popen[str], socket: Path, log: Path) -> QmpClient:
     deadline = time.monotonic() + DEADLINE_S
     while time.monotonic() < deadline and process.poll() is None:
@@ -75,6 +112,34 @@ def migrate(source: QmpClient, target: QmpClient, parameters: Mapping[str, objec
     address = target.execute("query-migrate")["socket-address"][0]
     source.execute("migrate", {"uri": f"tcp:127.0.0.1:{address['port']}"})
     return follow(source)
+
+
+def start_postcopy(
+    source: QmpClient, target: QmpClient, capabilities: Sequence[Mapping[str, object]], passes: int = 0
+) -> None:
+    """Migrate by postcopy, at once or after that many passes over memory."""
+    for side in (source, target):
+        side.execute("migrate-set-capabilities", {"capabilities": capabilities})
+    source.execute("migrate-set-parameters", {"max-bandwidth": UNLIMITED_BPS})
+    target.execute("migrate-incoming", {"uri": "tcp:127.0.0.1:0"})
+    address = target.execute("query-migrate")["socket-address"][0]
+    source.execute("migrate", {"uri": f"tcp:127.0.0.1:{address['port']}"})
+    switch_after(source, passes)
+
+
+def switch_after(source: QmpClient, passes: int) -> None:
+    """Switch to postcopy, at once or when that many passes are over (and the next has just begun)."""
+    while passes and wait_event(source, "MIGRATION_PASS")["data"]["pass"] <= passes:
+        pass
+    source.execute("migrate-start-postcopy")
+
+
+def wait_event(side: QmpClient, name: str) -> dict[str, Any]:
+    """Return the next event of that name; those before it are forgotten."""
+    while (event := side.next_event(DEADLINE_S)) is not None:
+        if event["event"] == name:
+            return event
+    raise BenchError(f"no event {name}")
 
 
 def follow(source: QmpClient, poll_s: float = POLL_S) -> dict[str, Any]:
