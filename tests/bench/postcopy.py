@@ -53,7 +53,8 @@ def _downtime(bench: Bench, name: str, when: str, size: int, working_set: int, p
             for who, values in (("migrated", figure.ours), ("qemu", figure.theirs)):
                 if who in result:
                     values.append(result[who]["downtime_ms"])
-                    figure.details.setdefault(f"{who}_total_ms", []).append(result[who]["total_ms"])
+                    for what in ("total_ms", "missing_mib"):
+                        figure.details.setdefault(f"{who}_{what}", []).append(result[who][what])
             figure.details.setdefault("migrated_parts_ms", []).append(result["migrated"]["parts_ms"])
     return figure
 
@@ -69,6 +70,7 @@ def _ours(bench: Bench, content: Path, size: int, working_set: int, passes: int 
         return {
             "downtime_ms": _between(source.qmp, target.qmp),
             "total_ms": float(figures["total-time"]),
+            "missing_mib": figures["ram"]["postcopy-bytes"] / MIB,
             "parts_ms": figures["x-migrated-downtime"],
         }
 
@@ -81,7 +83,11 @@ def _theirs(bench: Bench, content: Path, size: int, working_set: int, passes: in
         warm(size)
         qemu.start_postcopy(source, target, ON, passes)
         figures = qemu.follow(source)
-        return {"downtime_ms": _between(source, target), "total_ms": float(figures["total-time"])}
+        return {
+            "downtime_ms": _between(source, target),
+            "total_ms": float(figures["total-time"]),
+            "missing_mib": figures["ram"]["postcopy-bytes"] / MIB,
+        }
 
 
 def _between(source: QmpClient, target: QmpClient) -> float:
