@@ -108,10 +108,14 @@ def migrate(source: QmpClient, target: QmpClient, parameters: Mapping[str, objec
         capability = {"capability": "return-path", "state": True}
         side.execute("migrate-set-capabilities", {"capabilities": [capability]})
     source.execute("migrate-set-parameters", {"max-bandwidth": UNLIMITED_BPS, **(parameters or {})})
+    source.execute("migrate", {"uri": _listen(target)})
+    return follow(source)
+
+
+def _listen(target: QmpClient) -> str:
     target.execute("migrate-incoming", {"uri": "tcp:127.0.0.1:0"})
     address = target.execute("query-migrate")["socket-address"][0]
-    source.execute("migrate", {"uri": f"tcp:127.0.0.1:{address['port']}"})
-    return follow(source)
+    return f"tcp:127.0.0.1:{address['port']}"
 
 
 def start_postcopy(
@@ -121,9 +125,7 @@ def start_postcopy(
     for side in (source, target):
         side.execute("migrate-set-capabilities", {"capabilities": capabilities})
     source.execute("migrate-set-parameters", {"max-bandwidth": UNLIMITED_BPS})
-    target.execute("migrate-incoming", {"uri": "tcp:127.0.0.1:0"})
-    address = target.execute("query-migrate")["socket-address"][0]
-    source.execute("migrate", {"uri": f"tcp:127.0.0.1:{address['port']}"})
+    source.execute("migrate", {"uri": _listen(target)})
     switch_after(source, passes)
 
 

@@ -1,6 +1,6 @@
 """A QEMU's fault latency as its guest sees it: touch to go on, in ticks of the guest's own clock.
 
-The rule of the file: the guest (touch_guest.S, 255 bytes) touches random pages one after the other as soon as it is
+The rule of the file: the guest (touch_guest.S, 254 bytes) touches random pages one after the other as soon as it is
 told to, which is when it runs at its destination, and tells its log over the serial port. Its clock is calibrated with
 the timer of the same machine: under TCG both come from the host's clocks.
 """
