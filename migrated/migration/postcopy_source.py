@@ -3,9 +3,9 @@
 The rule of the file: up to the commit every failure gives the machine back to the source; from the commit on the
 source only serves, and a broken connection is a pause, never an end.
 
-    stop -> END of what cannot follow -> DISCARD -> PACKAGED{LISTEN, devices, PING 3, RUN} -> ready: devices are loaded
-         -> nobody writes -> record "released" -> commit -> active: record "moved" -> PARTs: requested pages first
-         -> END -> SHUT 0
+    DISCARD of what is not sent -> stop -> END of what cannot follow -> DISCARD of what was written since
+         -> PACKAGED{LISTEN, devices, PING 3, RUN} -> ready: devices are loaded -> nobody writes -> record "released"
+         -> commit -> active: record "moved" -> PARTs: requested pages first -> END -> SHUT 0
 
 A QEMU starts by itself at the end of the package, so "released" is written before the package, and PONG 3 is the
 answer. Source of the phases: QEMU 7.2; postcopy-device is that of QEMU 10.2.
@@ -22,7 +22,14 @@ from migrated.migration.host import Host, first_error, insist, resume_machine
 from migrated.migration.operator_pause import OperatorPause
 from migrated.migration.progress import Progress
 from migrated.migration.recovery import Dial
-from migrated.migration.return_path import DEVICES_PING, PACKAGE_PING, SETUP_PING, PeerKind, ReturnPathReader
+from migrated.migration.return_path import (
+    DEVICES_PING,
+    DISCARDED_PING,
+    PACKAGE_PING,
+    SETUP_PING,
+    PeerKind,
+    ReturnPathReader,
+)
 from migrated.migration.settlement import Settlement
 from migrated.model.handover import Event, Hold
 from migrated.model.runstate import RunState
@@ -64,6 +71,9 @@ class PostcopySource:
         Raises with the machine as it was before, or, when `committed`, with the migration to be paused.
         """
         self._handover, self._previous = handover, self._host.machine.run_state
+        await self._host.postcopy_save.discard_early(link.f)
+        await link.command(Command.PING, ping_payload(DISCARDED_PING))
+        await self._wait_pong(link, DISCARDED_PING, "the destination drops pages that were written again")
         try:
             async with self._host.lock:
                 self._previous = self._host.machine.run_state

@@ -108,6 +108,12 @@ class Progress:
         """Account bytes handed to the channel."""
         self.sent_bytes += count
         self.stats.transferred = self.sent_bytes
+        if self.ledger.running:
+            self.stats.downtime_bytes += count
+        elif self.ledger.over:
+            self.stats.postcopy_bytes += count
+        else:
+            self.stats.precopy_bytes += count
 
     def facts(self, pending_bytes: int, downtime_limit_ms: int, throttle_limit_percent: int | None = None) -> Facts:
         """Return what the convergence policy decides on; ``throttle_limit_percent`` None: auto-converge is off."""

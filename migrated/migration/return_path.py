@@ -73,6 +73,9 @@ DEVICES_PING = 3
 PACKAGE_PING = 4
 
 
+#: Behind the pages that are dropped while the machine still runs.
+DISCARDED_PING = 5
+
 #: What a recovery waits for.
 BITMAPS, RESUMED = "bitmaps", "resumed"
 #: What a hand-over waits for: READY, and then ACTIVE or REFUSED.

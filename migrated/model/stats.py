@@ -132,6 +132,11 @@ class DowntimeLedger:
         """True between `begin` and `end`."""
         return self._begun is not None and self._ended is None
 
+    @property
+    def over(self) -> bool:
+        """True from `end` on."""
+        return self._ended is not None
+
     def mark(self, part: str, now: float) -> None:
         """Book the time since the last mark on ``part``; booking a part twice adds up."""
         if part not in self.PARTS:

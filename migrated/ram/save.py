@@ -81,6 +81,8 @@ class RamSave:
         self._check: asyncio.Future[StrayWrite | None] | None = None
         """Whether the machine really stands still: begun in `begin_postcopy`, beside everything else."""
         self._holes_unknown = False
+        self._discarded: dict[str, PageBitmap] = {}
+        """What the destination was told to drop before the machine stopped, by block."""
         self._server: PageServer | None = None
         """From `begin_postcopy` on."""
         self._everything.clear()
@@ -203,6 +205,28 @@ class RamSave:
 
     # -- postcopy ----------------------------------------------------------------------------------------------
 
+    async def discard_early(self, f: OutgoingStream) -> None:
+        """Have the destination drop what is not sent while the machine still runs: that may take it long.
+
+        What is written from now on is dropped, or was already, when it stands still.
+        """
+        if self._unsent.untouched:
+            return  # nothing is there
+        async with self._lock:
+            await self._sync()
+        for block in self._unsent.blocks:
+            self._discarded[block.name] = left = self._unsent.left(block)
+            await self._discard(f, block, left)
+
+    async def _discard(self, f: OutgoingStream, block: RamBlockPort, pages: PageBitmap) -> bool:
+        """Have the destination drop these pages; False where there are none."""
+        if not pages.count:
+            return False
+        starts, ends = pages.ranges()
+        f.put_buffer(encode_discards(block.name, starts * PAGE, ends * PAGE))
+        await f.drain()
+        return True
+
     async def begin_postcopy(self, f: OutgoingStream, *, preempt: bool) -> None:
         """Look at the log for the last time, and have the destination drop what is not sent yet."""
         assert self._log is not None
@@ -212,15 +236,13 @@ class RamSave:
         else:
             await self._sync()
         self._check = asyncio.ensure_future(self._stray_write(clear=self._holes_unknown))
-        nothing = True
+        anything = any(pages.count for pages in self._discarded.values())
         for block in self._unsent.blocks:
             left = self._unsent.left(block)
-            if left.count:
-                starts, ends = left.ranges()
-                f.put_buffer(encode_discards(block.name, starts * PAGE, ends * PAGE))
-                await f.drain()
-                nothing = False
-        if nothing and self._unsent.blocks:
+            if block.name in self._discarded:
+                left.subtract(self._discarded[block.name])
+            anything |= await self._discard(f, block, left)
+        if not anything and self._unsent.blocks:
             # A QEMU that listens without ever having discarded loads pages in the wrong way, and hangs.
             nowhere = np.zeros(1, np.int64)
             f.put_buffer(encode_discards(self._unsent.blocks[0].name, nowhere, nowhere))

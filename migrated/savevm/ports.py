@@ -232,6 +232,10 @@ class BitmapSource(Protocol):
 class PostcopySavePort(Protocol):
     """The source's RAM in postcopy."""
 
+    async def discard_early(self, f: OutgoingStream) -> None:
+        """Have the destination drop what is not sent yet, while the machine still runs."""
+        ...
+
     async def begin_postcopy(self, f: OutgoingStream, *, preempt: bool) -> None:
         """Machine stopped, lock held: look at the log for the last time, discard at the destination what is not sent.
 

@@ -79,9 +79,12 @@ def test_after_a_pass_only_what_was_written_since_comes_late(make_pager: MakePag
     a.qmp.execute("migrate", {"uri": b.address})
     wait_until(lambda: len(a.qmp.execute("query-migrate").get("x-migrated-passes", [])) >= 2, "a pass")
     a.qmp.execute("migrate-start-postcopy")
-    wait_status(a, {"completed"})
+    ram = wait_status(a, {"completed"})["ram"]
     assert_moved(a, b)
     assert_sound(b)
+    phases = [ram[f"{phase}-bytes"] for phase in ("precopy", "downtime", "postcopy")]
+    assert min(phases) > 0
+    assert sum(phases) == ram["transferred"]
 
 
 def test_a_machine_that_converges_needs_no_postcopy(make_pager: MakePager) -> None:

@@ -17,13 +17,15 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from xxhash import xxh3_64
+
 from tests.support.dissect_fields import BadFieldsError, read_section
 
 PAGE = 4096
 KINDS = {1: "START", 2: "PART", 3: "END", 4: "FULL"}
 #: Commands.
 PING, ADVISE, LISTEN, RUN, DISCARD, PACKAGED, RESUME, RECV_BITMAP = 2, 3, 4, 5, 6, 7, 9, 10
-SECTIONS, OFFER, COMMIT = 0x4D01, 0x4D02, 0x4D03
+OFFER, COMMIT, CHECKSUM, PREFLIGHT = 0x4D02, 0x4D03, 0x4D05, 0x4D10
 #: Bits of a page record's first word.
 ZERO, MEM_SIZE, WHOLE, EOS, CONTINUE = 0x02, 0x04, 0x08, 0x10, 0x20
 
@@ -273,6 +275,8 @@ class _PostcopyDissector(_Dissector):
 
     def __init__(self, stream: bytes) -> None:
         super().__init__(stream)
+        self._offered = b""
+        self._summed = 0
         self._advised = self._listening = self._ran = self._ended = False
         self._here: dict[str, set[int]] = {}
 
@@ -339,10 +343,12 @@ class _PostcopyDissector(_Dissector):
             self._discard(payload)
         elif number == PACKAGED:
             self._package(int.from_bytes(payload, "big"))
-        elif number == SECTIONS and not self.found.blocks:
-            return  # a list of what follows, for a `migrated` destination
+        elif number == PREFLIGHT and not self.found.blocks:
+            return  # what follows, for a `migrated` destination
         elif number == OFFER and not self.found.blocks:
-            self._offered = payload
+            self._offered, self._summed = payload, self._at
+        elif number == CHECKSUM:
+            self._check_sum(payload)
         elif number == COMMIT and self._ran:
             # What was offered, or with another epoch, and that memory follows.
             size = 1 + self._offered[0]
@@ -350,6 +356,11 @@ class _PostcopyDissector(_Dissector):
                 raise self._bad("a commit of another offer")
         elif number != PING and self._advised:
             raise self._bad(f"command {number} at this place")
+
+    def _check_sum(self, payload: bytes) -> None:
+        if xxh3_64(self._stream[self._summed : self._at - len(payload)]).digest() != payload:
+            raise self._bad("a checksum of something else")
+        self._summed = self._at
 
     def _discard(self, payload: bytes) -> None:
         name_end = 2 + payload[1]
@@ -371,6 +382,7 @@ class _PostcopyDissector(_Dissector):
         self._here = {name: set(pages) for name, pages in self.found.seen.items()}
         end = self._at + size
         self._listening = True
+        self._summed = self._at
         if self._command() != (LISTEN, b""):
             raise self._bad("a package begins with LISTEN")
         while self._stream[self._at : self._at + 1] == b"\x04":
@@ -378,6 +390,8 @@ class _PostcopyDissector(_Dissector):
             before = len(self.found.sections)
             self._section("FULL")
             self._check_section(self.found.sections[before])
+            if self._offered and self._command()[0] == CHECKSUM:
+                self._check_sum(self.found.commands[-1][1])
         if self._command()[0] != PING or self._command() != (RUN, b"") or self._at != end:
             raise self._bad("a package ends with PING and RUN")
         self._ran = True

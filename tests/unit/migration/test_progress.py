@@ -20,3 +20,18 @@ def test_a_snapshot_leaves_the_figures_of_the_last_migration() -> None:
     assert progress.stats is counting, "the handlers' own, again"
     assert counting.as_dict() == known
     assert len(progress.passes) == 1
+
+
+def test_bytes_belong_to_the_phase_in_which_they_go() -> None:
+    progress = Progress(lambda: 0.0)
+    progress.begin()
+    progress.sent(1)
+    progress.ledger.begin(1.0)
+    progress.sent(20)
+    progress.ledger.end(2.0)
+    progress.sent(300)
+    stats = progress.stats
+    assert (stats.precopy_bytes, stats.downtime_bytes, stats.postcopy_bytes, stats.transferred) == (1, 20, 300, 321)
+    progress.begin()
+    progress.sent(4000)
+    assert (stats.precopy_bytes, stats.postcopy_bytes) == (4000, 0)
