@@ -138,7 +138,10 @@ def refuse_by_running(make_site: Callable[..., Site]) -> Site:
 
 @pytest.mark.parametrize(
     ("make_target", "reason"),
-    [(refuse_by_size, r"RAM block heap has 16777216 bytes, and here 8388608"), (refuse_by_running, r"this host owns the machine")],
+    [
+        (refuse_by_size, r"RAM block heap has 16777216 bytes, and here 8388608"),
+        (refuse_by_running, r"this host owns the machine"),
+    ],
 )
 def test_the_destinations_reason_reaches_the_source(
     pair: tuple[Site, Site], make_site: Callable[..., Site], make_target: Any, reason: str
