@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.bench import dirty, downtime, faults, postcopy, service, snapshot, throughput, tls, untouched
+from tests.bench import dirty, downtime, faults, handover, postcopy, service, snapshot, throughput, tls, untouched
 from tests.bench.case import Bench, Case
 from tests.bench.figures import Figure, show
 from tests.bench.host import describe
@@ -24,6 +24,7 @@ CASES: dict[str, Case] = {
     "bulk": throughput.run,
     "untouched": untouched.run,
     "downtime": downtime.run,
+    "handover": handover.run,
     "dirty": dirty.run,
     "service": service.run,
     "postcopy": postcopy.run,
