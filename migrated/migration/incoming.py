@@ -53,10 +53,6 @@ from migrated.wire.section import (
 )
 
 
-class _OnlyAsked(Exception):
-    """The source has heard whether it could come, and is gone."""
-
-
 class IncomingMigration:
     """Runs once for one connection. `error` and `status` say how it ended; nothing is raised out of `run`."""
 
@@ -95,7 +91,7 @@ class IncomingMigration:
         self._take_over = TakeOver(host, self._link, migration_id, autostart)
         self.handover = TargetHandover(host)
         self._word = SourceWord(
-            host, self._link, self._take_over, self.handover, before, command=self._command, on_alone=self._go_alone
+            host, self._link, self._take_over, self.handover, before, command=self._command, on_alone=self._released
         )
         self._mismatch: RemoteProtocolError | None = None
         """What the configuration said that does not fit: no section of this machine is loaded."""
@@ -145,11 +141,11 @@ class IncomingMigration:
 
     @property
     def waits(self) -> bool:
-        """True while another connection may be about this one: it is paused, or the source's word is missing."""
+        """True while another connection may be about it: it is paused, or the source's word is missing."""
         return self.postcopy.paused or (self.handover.prepared and not self._take_over.begun)
 
-    def _go_alone(self) -> None:
-        self.postcopy.released.set()  # it uses no connection any more
+    def _released(self) -> None:
+        self.postcopy.released.set()
 
     async def give_way(self) -> None:
         """Make room for another migration of the source that this one came from. Raises CommandError."""
@@ -187,8 +183,9 @@ class IncomingMigration:
             self._progress.begin(self._begun_at)  # nobody only asks there
         try:
             await self._load()
-        except (_OnlyAsked, Answered):
+        except Answered:
             self.only_asked = True
+            self.status.advance(MigrationStatus.NONE, expected={MigrationStatus.ACTIVE})
         except asyncio.CancelledError:
             await self._failed(MigrationCancelled("the daemon is stopping"))
         except (MigratedError, OSError) as error:
@@ -253,7 +250,9 @@ class IncomingMigration:
 
     async def _load(self) -> None:
         first, self._mismatch = await read_any_preamble(self._link.stream, self._host)
-        # The first section follows at once, whoever sends; only then may a source have reasons to be silent for long.
+        if self._before is None:
+            self.status.advance(MigrationStatus.ACTIVE)
+        # The first section follows at once; only then may a source have reasons to be silent for long.
         self._link.expect_element()
         try:
             await self._watched(first)
@@ -395,4 +394,4 @@ class IncomingMigration:
         if self._preflight.nothing_follows:
             with contextlib.suppress(ChannelError):
                 await self._link.linger()
-            raise _OnlyAsked if self._preflight.dry_run else PreflightBlocked(self._preflight.blockers)
+            raise Answered if self._preflight.dry_run else PreflightBlocked(self._preflight.blockers)

@@ -17,7 +17,7 @@ from migrated.demo.site import Site
 from tests.support.following import assert_moved, run_state, wait_status, wait_until
 
 #: Slow enough that a test can do something in the middle.
-SLOW_BPS = 4 << 20
+SLOW_BPS = 512 << 10
 DEADLINE_S = 50
 
 

@@ -213,7 +213,7 @@ def _postcopy_cases() -> Iterator[Case]:
     # The main connection is read beside the package from LISTEN on: its end is noticed first.
     unknown = packaged(listen + craft.full("e1000", bytes(4)) + run)
     yield after_lead("package, unknown device", lead + unknown, "the stream ends too early")
-    outside = "expected status postcopy-recover", "found none"
+    outside = "expected status postcopy-recover", "found active"
     yield after_lead("resume", craft.command(9), "POSTCOPY_RESUME outside a recovery", *outside)
     yield after_lead("bitmap", craft.command(10, craft.name("mem0")), "RECV_BITMAP outside a recovery", *outside)
 
