@@ -6,18 +6,15 @@ asked; then only this side was checked, and the verdict says so.
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 
 from migrated.errors import Blocker, CommandError, MigratedError
-from migrated.migration.handshake import greet
-from migrated.migration.host import OPTIONAL_SECTIONS, Host, first_error
+from migrated.migration.host import OPTIONAL_SECTIONS, Host
 from migrated.migration.preflight import SOURCE, blocking
+from migrated.migration.question import ask_over
 from migrated.migration.recovery import Dial
 from migrated.migration.return_path import PeerKind, ReturnPathReader
 from migrated.model.parameters import ADOPTED_CAPABILITIES, ADOPTED_PARAMETERS
-from migrated.model.stats import BandwidthMeter
-from migrated.stream.incoming import IncomingStream
 from migrated.stream.outgoing import OutgoingStream
 from migrated.transport.channel import Channel
 from migrated.wire.command import FEATURE_PREFLIGHT
@@ -96,29 +93,16 @@ async def dry_run(host: Host, dial: Dial) -> Verdict:
         if not channel.has_return_path:
             raise CommandError(f"{channel.peer} cannot answer. Next: ask a destination at tcp: or unix:")
         verdict = Verdict(verdict.blockers, channel.peer)
-        return await _over(host, channel, verdict)
+        peer = channel.peer
+        return await ask_over(
+            host, channel, lambda f, reader, kind: preflight(host, f, reader, Verdict((), peer, kind))
+        )
     except MigratedError as error:
         unreachable = Blocker.of(error, "destination")
         return Verdict((*verdict.blockers, unreachable), verdict.peer)
     finally:
         if channel is not None:
             channel.abort()
-
-
-async def _over(host: Host, channel: Channel, verdict: Verdict) -> Verdict:
-    channel.silence_timeout_s = host.settings.silence_timeout_s()
-    f = OutgoingStream(channel, BandwidthMeter(), clock=host.clock)
-    stream = IncomingStream(channel, silence_timeout_s=host.settings.silence_timeout_s)
-    reader = ReturnPathReader(stream, lambda block, start, length: None, lambda figures: None)
-    try:
-        async with asyncio.TaskGroup() as group:
-            reading = group.create_task(reader.read())
-            kind = await greet(f, reader, host)
-            found = await preflight(host, f, reader, Verdict((), verdict.peer, kind))
-            reading.cancel()
-    except BaseExceptionGroup as error:
-        raise first_error(error) from None
-    return found
 
 
 async def _qemu_blockers(host: Host, verdict: Verdict) -> list[Blocker]:

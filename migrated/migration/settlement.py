@@ -12,17 +12,14 @@ from typing import Any
 
 from migrated.errors import ChannelError, MigratedError
 from migrated.migration.handover import SourceHandover
-from migrated.migration.handshake import own_configuration
-from migrated.migration.host import Host, first_error, resume_machine
+from migrated.migration.host import Host, resume_machine
+from migrated.migration.question import ask_over
 from migrated.migration.recovery import RECONNECT_MAX_S, RECONNECT_MIN_S, Dial
-from migrated.migration.return_path import FIRST_PING, PeerKind, ReturnPathReader
+from migrated.migration.return_path import PeerKind, ReturnPathReader
 from migrated.model.handover import Event
 from migrated.model.runstate import RunState
-from migrated.model.stats import BandwidthMeter
-from migrated.stream.incoming import IncomingStream
 from migrated.stream.outgoing import OutgoingStream
-from migrated.transport.channel import Channel
-from migrated.wire.command import FEATURE_HANDOVER, PEER_PING, Command, ping_payload
+from migrated.wire.command import FEATURE_HANDOVER
 from migrated.wire.handover import Answer
 
 Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
@@ -55,35 +52,12 @@ class Settlement:
         """Ask once. Raises ChannelError, ProtocolError, PeerRefused."""
         channel = await self._dial()
         try:
-            return await self._over(channel)
+            return await ask_over(self._host, channel, self._question)
         finally:
             channel.abort()
 
-    async def _over(self, channel: Channel) -> Answer:
-        silence_s = self._host.settings.silence_timeout_s()
-        channel.silence_timeout_s = silence_s
-        f = OutgoingStream(channel, BandwidthMeter())
-        stream = IncomingStream(channel, silence_timeout_s=self._host.settings.silence_timeout_s)
-        reader = ReturnPathReader(stream, lambda block, start, length: None, lambda summary: None)
-        try:
-            async with asyncio.TaskGroup() as group:
-                reading = group.create_task(reader.read())
-                try:
-                    return await self._greeted(f, reader, silence_s)
-                finally:
-                    reading.cancel()
-        except BaseExceptionGroup as error:
-            raise first_error(error) from None
-        finally:
-            stream.close()
-
-    async def _greeted(self, f: OutgoingStream, reader: ReturnPathReader, silence_s: float) -> Answer:
-        f.put_preamble(own_configuration(self._host))
-        f.put_command(Command.OPEN_RETURN_PATH)
-        f.put_command(Command.PING, ping_payload(PEER_PING))
-        f.put_command(Command.PING, ping_payload(FIRST_PING))
-        await f.drain()
-        if await reader.wait_kind(silence_s) is not PeerKind.MIGRATED or not reader.features & FEATURE_HANDOVER:
+    async def _question(self, f: OutgoingStream, reader: ReturnPathReader, kind: PeerKind) -> Answer:
+        if kind is not PeerKind.MIGRATED or not reader.features & FEATURE_HANDOVER:
             raise ChannelError("whoever answers there is not the destination", peer=self._handover.peer)
         await self._handover.happened(Event.LOST, send=f.send)
         return await reader.wait_settled(
