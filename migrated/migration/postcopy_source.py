@@ -71,9 +71,9 @@ class PostcopySource:
         Raises with the machine as it was before, or, when `committed`, with the migration to be paused.
         """
         self._handover, self._previous = handover, self._host.machine.run_state
-        await self._host.postcopy_save.discard_early(link.f)
-        await link.command(Command.PING, ping_payload(DISCARDED_PING))
-        await self._wait_pong(link, DISCARDED_PING, "the destination drops pages that were written again")
+        if await self._host.postcopy_save.discard_early(link.f):
+            await link.command(Command.PING, ping_payload(DISCARDED_PING))
+            await self._wait_pong(link, DISCARDED_PING, "the destination drops pages that were written again")
         try:
             async with self._host.lock:
                 self._previous = self._host.machine.run_state

@@ -205,18 +205,19 @@ class RamSave:
 
     # -- postcopy ----------------------------------------------------------------------------------------------
 
-    async def discard_early(self, f: OutgoingStream) -> None:
+    async def discard_early(self, f: OutgoingStream) -> bool:
         """Have the destination drop what is not sent while the machine still runs: that may take it long.
 
-        What is written from now on is dropped, or was already, when it stands still.
+        What is written from now on is dropped, or was already, when it stands still. False where nothing is there.
         """
         if self._unsent.untouched:
-            return  # nothing is there
+            return False
         async with self._lock:
             await self._sync()
         for block in self._unsent.blocks:
             self._discarded[block.name] = left = self._unsent.left(block)
             await self._discard(f, block, left)
+        return True
 
     async def _discard(self, f: OutgoingStream, block: RamBlockPort, pages: PageBitmap) -> bool:
         """Have the destination drop these pages; False where there are none."""

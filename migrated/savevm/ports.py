@@ -232,8 +232,8 @@ class BitmapSource(Protocol):
 class PostcopySavePort(Protocol):
     """The source's RAM in postcopy."""
 
-    async def discard_early(self, f: OutgoingStream) -> None:
-        """Have the destination drop what is not sent yet, while the machine still runs."""
+    async def discard_early(self, f: OutgoingStream) -> bool:
+        """Have the destination drop what is not sent yet, while the machine still runs. False: nothing is there."""
         ...
 
     async def begin_postcopy(self, f: OutgoingStream, *, preempt: bool) -> None:

@@ -341,9 +341,11 @@ class TlsChannel(SocketChannel):
         if not self._write_open or self._sock.fileno() < 0:
             return
         self._write_open = False
-        with contextlib.suppress(ChannelError, ssl.SSLError):
-            self._set_aside()
-            self._tls.unwrap()
+        if self._speaks_ours:
+            # A QEMU does not read it; and what it has not read when it closes makes its end a reset.
+            with contextlib.suppress(ChannelError, ssl.SSLError):
+                self._set_aside()
+                self._tls.unwrap()
         with contextlib.suppress(ChannelError):  # gone already: whoever receives learns it
             if self._flush_now():
                 self._shut_down_socket()
