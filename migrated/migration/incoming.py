@@ -346,6 +346,7 @@ class IncomingMigration:
                 self._group.create_task(self._preflight.keep_reservation()),
             ]
         self._progress.setup_done()
+        await host.fault_point("target.load")
         if self._link.kind is not PeerKind.MIGRATED:
             self._link.stream.idle_timeout_s = None
 

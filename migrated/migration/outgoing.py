@@ -266,6 +266,7 @@ class OutgoingMigration:
 
     async def _phases(self, f: OutgoingStream, channel: Channel) -> None:
         await self._greet(f)
+        await self._host.fault_point("source.setup")
         self._offer(f)
         self._advise(f)
         await self._host.registry.save_setup(f)

@@ -106,6 +106,7 @@ class PostcopySource:
         host.global_state.store(self._previous)
         await host.machine.stop(RunState.FINISH_MIGRATE)
         ledger.mark("stop", clock())
+        await host.fault_point("source.stopped")
         if host.settings.enabled("pause-before-switchover"):
             await self._pause.wait(f, answers=True)
             ledger.mark("operator", clock())
@@ -130,6 +131,7 @@ class PostcopySource:
         await f.drain()
         if self._handover is not None:
             await self._handover.happened(Event.SENT)
+            await host.fault_point("source.sent")
             # Told to the log and to clients while the destination works.
             self._advance(MigrationStatus.DEVICE)
             self._advance(MigrationStatus.POSTCOPY_DEVICE)
@@ -216,6 +218,7 @@ class PostcopySource:
         if self._handover is None:
             self._runs_there()
             await self._moved(link)
+        await self._host.fault_point("source.background")
         self._host.postcopy_save.begin_background()
         link.expect_signs_of_life(self._host.settings.silence_timeout_s())
 
