@@ -27,7 +27,7 @@ class Target:
         self.site = site
         self.port = site.port
         self.descriptors = site.descriptors()
-        self.memory_bytes = site.private_bytes()
+        self.memory_bytes = self.peak_bytes = site.private_bytes()
 
     def settle(self) -> None:
         """Take a machine in and send it away; from now on the daemon has all that it makes once and keeps."""
@@ -58,7 +58,9 @@ class Target:
             return self.site.descriptors() == self.descriptors
 
         wait_until(left, "the last visitor's descriptors are closed")
-        assert self.site.private_bytes() < self.memory_bytes + GROWTH_MAX_BYTES
+        present_bytes = self.site.private_bytes()
+        self.peak_bytes = max(self.peak_bytes, present_bytes)
+        assert present_bytes < self.memory_bytes + GROWTH_MAX_BYTES
 
     def hear_out(self, stream: bytes) -> dict[str, Any]:
         """Send a whole stream; return query-migrate's answer about it once the daemon is alone again."""
