@@ -172,8 +172,9 @@ class PostcopySource:
             await handover.happened(Event.READY, send=link.put)
         finally:
             if handover.released:
+                # Also where the connection broke meanwhile: what follows is a pause.
                 self._committed(on_commit)
-        self._status.advance(MigrationStatus.POSTCOPY_ACTIVE)
+                self._status.advance(MigrationStatus.POSTCOPY_ACTIVE)
         answer = await link.return_path.wait_settled(self._migration_id, self._answer_timeout_s)
         await self._settled(answer)
 
