@@ -134,6 +134,9 @@ def survive(target: Target, damaged: Damaged) -> None:
             site.qmp.execute("cont")
         target.sends_it_away()
         return
+    if answer["status"] == "answered":
+        assert site.run_state() == "inmigrate"
+        return
     assert answer["status"] == "failed"
     if "the outcome is unknown" in answer["error-desc"]:
         # More came behind the last byte, and late: what the source does is anybody's guess.
