@@ -4,6 +4,7 @@
 #   make demo     move a running process between two daemons on this machine, there and back
 #   make test     the test suite                      make test ARGS="-k qmp -x"
 #   make bench    side-by-side figures, as JSON and as a table
+#   make nemesis  faults at random phases, and a checker behind each: make nemesis ROUNDS=300 SEED=7
 #   make lint     the checks of the sources only
 #   make clean    remove what the targets above made
 
@@ -12,6 +13,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ARGS ?=
+ROUNDS ?= 100
+SEED ?= 1
 
 # What the tests run besides Python, as command:Debian-package.
 TOOLS := qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils gcc:gcc ip:iproute2 systemd-analyze:systemd \
@@ -19,7 +22,7 @@ TOOLS := qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils gcc:gcc ip:iprou
 # Tools of the system administrator are not in everybody's PATH.
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: help venv demo test bench lint clean tools
+.PHONY: help venv demo test bench nemesis lint clean tools
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -42,6 +45,9 @@ test: venv tools
 
 bench: venv tools
 	$(BIN)/python -m tests.bench $(ARGS)
+
+nemesis: venv tools
+	MIGRATED_NEMESIS_ROUNDS=$(ROUNDS) MIGRATED_NEMESIS_SEED=$(SEED) $(BIN)/python -m pytest -s $(ARGS) tests/faults/test_nemesis.py
 
 lint: venv
 	$(BIN)/python -m pytest tests/house $(ARGS)

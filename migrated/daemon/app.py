@@ -26,6 +26,7 @@ from migrated.control.commands import VERSION
 from migrated.control.ports import Services
 from migrated.control.server import ControlServer
 from migrated.daemon.config import Config, load_config
+from migrated.daemon.faults import FaultyStore, fault_point
 from migrated.daemon.inherited import take_inherited
 from migrated.daemon.lock import StateLock
 from migrated.daemon.log import configure_log
@@ -124,7 +125,8 @@ class Daemon:
 
     async def _wire(self, stack: AsyncExitStack, jobs: asyncio.TaskGroup) -> Migrator:
         config = self._config
-        ownership, lock = Ownership(FileRecordStore(self._state)), IothreadLock()
+        fault_at = fault_point(self._state, self._log)
+        ownership, lock = Ownership(FaultyStore(FileRecordStore(self._state), fault_at)), IothreadLock()
         settings = Settings(config.capabilities(), config.parameters())
         registry = SaveVMRegistry(lock)
         outgoing, incoming = Progress(time.monotonic), Progress(time.monotonic)
@@ -155,6 +157,7 @@ class Daemon:
             clock=time.monotonic,
             log=self._log,
             attach_timeout_s=config.workload.attach_timeout,
+            fault_point=fault_at,
         )
         self._load_handlers(registry, machine)
         snapshot_jobs = Jobs(jobs.create_task, relay, self._log)

@@ -44,6 +44,8 @@ class Site:
         module: str = "migrated.demo.walker",
         program: Sequence[str] = (),
         walker_arguments: Sequence[str] = (),
+        allow: Sequence[str] = (),
+        launcher: Sequence[str] = (),
     ) -> None:
         self.name = name
         self.directory = directory / name
@@ -54,6 +56,9 @@ class Site:
         self._extra_config = config
         self._program = tuple(program) or ((sys.executable, "-m", module) if module else ())
         self._walker_arguments = walker_arguments
+        self._allow = list(allow)
+        self._launcher = launcher
+        """What the daemon is started through; it has to become the daemon."""
         self._stack = ExitStack()
         self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.config = self.directory / "machine.toml"
@@ -130,7 +135,7 @@ class Site:
         self.config.write_text(
             f'[machine]\nname = "demo"\n'
             f'[paths]\nruntime = "{self.directory / "run"}"\nstate = "{self.directory / "state"}"\n'
-            f'[migration]\nincoming = "{self._incoming}"\n'
+            f'[migration]\nincoming = "{self._incoming}"\nallow = {json.dumps(self._allow)}\n'
             f'[log]\nformat = "json"\n{self._extra_config}\n'
         )
 
@@ -138,7 +143,7 @@ class Site:
         with self.log_path.open("w") as log:
             return self._own(
                 subprocess.Popen(
-                    [sys.executable, "-m", "migrated", "--config", str(self.config)],
+                    [*self._launcher, sys.executable, "-m", "migrated", "--config", str(self.config)],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, text=True,
                 )
             )  # fmt: skip

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 
 from migrated.errors import ChannelError, RemoteProtocolError
+from migrated.migration.faultpoint import behind
 from migrated.migration.host import Host
 from migrated.model.handover import Act, Event, Hold, Source, Target, source_step, target_step
 from migrated.wire.command import Command
@@ -70,6 +71,7 @@ class SourceHandover:
                     await send(encode_commit(self.offer, serves=self._serves))
                 case Act.SEND_WITHDRAWN if send is not None:
                     await self._withdraw(send)
+            await self._host.fault_point(behind("source", act))
 
     async def _release(self, before: Source) -> None:
         try:
@@ -114,7 +116,12 @@ class TargetHandover:
         """Set when the word was obeyed, or cannot be any more."""
 
     def offered(self, offer: Offer, *, checked: bool) -> None:
-        """Take an offer down. Raises RemoteProtocolError for a second one."""
+        """Take an offer down. Raises RemoteProtocolError for a second one, and for one that was taken before."""
+        if offer.migration_id in self._host.ownership.record.taken:
+            # Somebody says again what was said in another life: the machine went on from there.
+            raise RemoteProtocolError(
+                "an offer that was taken before", section="hand-over", expected="a new one", found=offer.migration_id
+            )
         if self.offer is not None:
             raise RemoteProtocolError("a second offer", section="hand-over", expected="one for each migration")
         self.state, _ = target_step(self.state, Event.OFFERED)
@@ -137,6 +144,7 @@ class TargetHandover:
         for act in todo:
             if act in acts:
                 await acts[act]()
+            await self._host.fault_point(behind("target", act))
         if event is not Event.COMPLETE:
             self.obeyed.set()
 

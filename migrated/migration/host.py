@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 from structlog.typing import FilteringBoundLogger
 
 from migrated.errors import CommandError, MigratedError
+from migrated.migration.faultpoint import FaultPoint, no_fault
 from migrated.migration.ownership import Ownership
 from migrated.model.handover import Hold
 from migrated.model.parameters import Capabilities, Parameters
@@ -125,6 +126,8 @@ class Host:
     clock: Callable[[], float]
     log: FilteringBoundLogger
     attach_timeout_s: float
+    fault_point: FaultPoint = no_fault
+    """Awaited at the points that `faultpoint` names."""
 
 
 def require_machine_here(host: Host) -> None:

@@ -233,8 +233,9 @@ class IncomingMigration:
             return
 
     async def _dismiss(self) -> None:
-        """Write that nothing came of it, where the record says that something may."""
-        if self._take_over.begun or self._host.ownership.record.hold is not Hold.PREPARED:
+        """Write that nothing came of it, where the record says of this one, and no other, that something may."""
+        prepared = self._take_over.prepared and self._host.ownership.record.hold is Hold.PREPARED
+        if self._take_over.begun or not prepared:
             return
         try:
             await self._take_over.dismiss()
@@ -346,6 +347,7 @@ class IncomingMigration:
                 self._group.create_task(self._preflight.keep_reservation()),
             ]
         self._progress.setup_done()
+        await host.fault_point("target.load")
         if self._link.kind is not PeerKind.MIGRATED:
             self._link.stream.idle_timeout_s = None
 

@@ -200,9 +200,10 @@ class OutgoingMigration:
             self.status.advance(MigrationStatus.POSTCOPY_PAUSED)
             dial = await self._pauses.next_dial(self._dial, by_itself=self.kind is PeerKind.MIGRATED)
             try:
-                if self._postcopy.asks:
-                    await self._postcopy.settle(dial)
-                await self._over(dial, self._resume_phases)
+                if await self._postcopy.settle(dial):
+                    await self._all_there()
+                else:
+                    await self._over(dial, self._resume_phases)
             except (ChannelError, ProtocolError, OSError) as again:
                 error = error_of(again)
             else:
@@ -266,6 +267,7 @@ class OutgoingMigration:
 
     async def _phases(self, f: OutgoingStream, channel: Channel) -> None:
         await self._greet(f)
+        await self._host.fault_point("source.setup")
         self._offer(f)
         self._advise(f)
         await self._host.registry.save_setup(f)
@@ -281,6 +283,13 @@ class OutgoingMigration:
     async def _resume_phases(self, f: OutgoingStream, channel: Channel) -> None:
         self.status.advance(MigrationStatus.POSTCOPY_RECOVER)
         await self._postcopy.resume(self._link(f, channel), self._went_on)
+
+    async def _all_there(self) -> None:
+        """End a postcopy whose last word got lost."""
+        self.status.advance(MigrationStatus.POSTCOPY_RECOVER)
+        self.status.advance(MigrationStatus.POSTCOPY_ACTIVE)
+        self._went_on()
+        await self._postcopy.let_go(self.peer)
 
     def _went_on(self) -> None:
         self.error = None

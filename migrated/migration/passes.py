@@ -55,6 +55,7 @@ class Passes:
                 return Switch.POSTCOPY
             if len(progress.passes) != passes:
                 await self._after_pass()
+            await host.fault_point("source.pass")
             await host.registry.save_live_iterate(f)
 
     async def _after_pass(self) -> None:

@@ -90,7 +90,7 @@ class PostcopySource:
                 aside.append(group.create_task(self._beat(link)))
                 await server
                 await self._last_word(link, aside)
-            await self._let_go(link)
+            await self.let_go(link.peer)
         except BaseException as raised:  # CancelledError too: the machine is given back first
             if not self.committed:
                 await insist(lambda: self._take_back(link))
@@ -106,6 +106,7 @@ class PostcopySource:
         host.global_state.store(self._previous)
         await host.machine.stop(RunState.FINISH_MIGRATE)
         ledger.mark("stop", clock())
+        await host.fault_point("source.stopped")
         if host.settings.enabled("pause-before-switchover"):
             await self._pause.wait(f, answers=True)
             ledger.mark("operator", clock())
@@ -130,6 +131,7 @@ class PostcopySource:
         await f.drain()
         if self._handover is not None:
             await self._handover.happened(Event.SENT)
+            await host.fault_point("source.sent")
             # Told to the log and to clients while the destination works.
             self._advance(MigrationStatus.DEVICE)
             self._advance(MigrationStatus.POSTCOPY_DEVICE)
@@ -170,8 +172,9 @@ class PostcopySource:
             await handover.happened(Event.READY, send=link.put)
         finally:
             if handover.released:
+                # Also where the connection broke meanwhile: what follows is a pause.
                 self._committed(on_commit)
-        self._status.advance(MigrationStatus.POSTCOPY_ACTIVE)
+                self._status.advance(MigrationStatus.POSTCOPY_ACTIVE)
         answer = await link.return_path.wait_settled(self._migration_id, self._answer_timeout_s)
         await self._settled(answer)
 
@@ -183,7 +186,7 @@ class PostcopySource:
     async def _settled(self, answer: Answer) -> None:
         """Take the destination's word. Raises PeerRefused with the machine as it was before."""
         assert self._handover is not None
-        if answer is Answer.ACTIVE:
+        if answer is not Answer.REFUSED:
             self._runs_there()
             await self._handover.happened(Event.ACTIVE)
             return
@@ -191,10 +194,18 @@ class PostcopySource:
         await self._take_back(None)
         raise PeerRefused("the destination has lost what it had loaded, and gives the machine back")
 
-    async def settle(self, dial: Dial) -> None:
-        """Ask for an answer that got lost. Raises PeerRefused with the machine as it was before; ChannelError."""
-        assert self._handover is not None
-        await self._settled(await Settlement(self._host, self._handover, dial).ask())
+    async def settle(self, dial: Dial) -> bool:
+        """Ask for an answer that got lost, to the commit or at the end; True when all memory is at the destination.
+
+        Raises PeerRefused with the machine as it was before; ChannelError.
+        """
+        if self._handover is None or (self.answered and self._progress.stats.remaining):
+            return False
+        answer = await Settlement(self._host, self._handover, dial).ask()
+        if not self.answered:
+            await self._settled(answer)
+        # Whoever has answered once ran it: one who knows nothing of that now gives nothing back.
+        return answer is Answer.WHOLE
 
     async def _take_back(self, link: Link | None) -> None:
         host, handover = self._host, self._handover
@@ -216,6 +227,7 @@ class PostcopySource:
         if self._handover is None:
             self._runs_there()
             await self._moved(link)
+        await self._host.fault_point("source.background")
         self._host.postcopy_save.begin_background()
         link.expect_signs_of_life(self._host.settings.silence_timeout_s())
 
@@ -223,11 +235,6 @@ class PostcopySource:
         self.answered = True
         self._progress.ledger.mark("answer", self._host.clock())
         self._progress.ledger.end(self._host.clock())
-
-    @property
-    def asks(self) -> bool:
-        """True while the destination's answer to the commit is missing."""
-        return self._handover is not None and not self.answered
 
     async def _moved(self, link: Link) -> None:
         try:
@@ -254,7 +261,7 @@ class PostcopySource:
                 self._host.postcopy_save.begin_background()
                 await self._serve(link)
                 await self._last_word(link, aside)
-            await self._let_go(link)
+            await self.let_go(link.peer)
         except BaseExceptionGroup as group_error:
             raise first_error(group_error) from None
 
@@ -300,10 +307,11 @@ class PostcopySource:
         if shut:
             raise link.return_path.refusal() or PeerRefused(f"the destination answered SHUT {shut}")
 
-    async def _let_go(self, link: Link) -> None:
+    async def let_go(self, peer: str) -> None:
+        """All memory is at the destination: this host's is out of date."""
         async with self._host.lock:
             self._host.machine.set_run_state(RunState.POSTMIGRATE)
-            await self._host.machine.moved(link.peer)
+            await self._host.machine.moved(peer)
 
     @property
     def _answer_timeout_s(self) -> float:

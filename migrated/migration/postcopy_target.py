@@ -113,6 +113,7 @@ class PostcopyTarget:
                     self._link.channel.take_short_turns()
                 self.faults = self._host.postcopy_load.faults
                 self._listens.set()
+                await self._host.fault_point("target.listen")
             case Command.POSTCOPY_RUN:
                 self._step(PostcopyStep.RUN)
             case Command.RECV_BITMAP:
@@ -164,6 +165,7 @@ class PostcopyTarget:
             else:
                 await self._by_commit(listener)
             self.running = True
+            await self._host.fault_point("target.background")
             await listener
             lost.cancel()
 

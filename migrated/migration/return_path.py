@@ -163,6 +163,7 @@ class ReturnPathReader:
                 self.answer.set_result(status)
                 if not self.kind.done():
                     self.kind.set_exception(self.refusal() or ChannelClosed("the destination refused the stream"))
+                    self.kind.exception()  # whoever waits gets it; nobody waiting is no fault
             case Pong(value=value):
                 self._take_pong(value)
             case Reason(text=text):

@@ -34,7 +34,7 @@ class Settlement:
         self._dial = dial
 
     async def run(self) -> Answer:
-        """Ask until there is an answer: ACTIVE or REFUSED."""
+        """Ask until there is an answer: ACTIVE, WHOLE or REFUSED."""
         delay_s = RECONNECT_MIN_S
         log = self._host.log.bind(migration_id=self._handover.offer.migration_id, peer=self._handover.peer)
         while True:
@@ -94,7 +94,7 @@ class Settler:
     async def _settle(self, handover: SourceHandover) -> None:
         answer = await Settlement(self._host, handover, self._dialling(handover.address)).run()
         async with self._host.lock:
-            if answer is Answer.ACTIVE:
+            if answer is not Answer.REFUSED:
                 await handover.happened(Event.ACTIVE)
                 self._host.machine.set_run_state(RunState.POSTMIGRATE)
                 await self._host.machine.moved(handover.peer)

@@ -108,9 +108,13 @@ class SourceWord:
         )
         if answer is None and before is not None:
             await before.commit(serves=serves)
-        active = offer.migration_id in ownership.record.taken
-        self._host.log.info("commit_answered", active=active, migration_id=offer.migration_id, peer=self._link.peer)
-        await self._link.return_path.handover(Answer.ACTIVE if active else Answer.REFUSED, offer)
+        word = Answer.REFUSED
+        if offer.migration_id in ownership.record.taken:
+            word = Answer.ACTIVE if ownership.record.hold is Hold.INCOMPLETE else Answer.WHOLE
+        self._host.log.info(
+            "commit_answered", answer=word.name.lower(), migration_id=offer.migration_id, peer=self._link.peer
+        )
+        await self._link.return_path.handover(word, offer)
         raise Answered
 
     async def take_over(self) -> None:

@@ -98,6 +98,7 @@ class Switchover:
         host.global_state.store(previous)
         await host.machine.stop(RunState.FINISH_MIGRATE)
         ledger.mark("stop", clock())
+        await host.fault_point("source.stopped")
         if host.settings.enabled("pause-before-switchover"):
             await self._pause.wait(f, answers=self._answers)
             ledger.mark("operator", clock())
@@ -112,6 +113,7 @@ class Switchover:
         f.put_end_of_stream()
         await f.drain()
         await by.handover.happened(Event.SENT)
+        await self._host.fault_point("source.sent")
         timeout_s = self._host.settings.seconds("x-migrated-answer-timeout")
         by.handover.offer = await return_path.wait_ready(by.handover.offer.migration_id, timeout_s)
         self._progress.ledger.mark("ready", self._host.clock())

@@ -34,6 +34,8 @@ class TakeOver:
         self.autostart = autostart
         self.begun = False
         """From here on nothing is given up any more."""
+        self.prepared = False
+        """The record says, or has said, that everything of this one is here."""
 
     # -- by an offer: the acts of `model.handover` -------------------------------------------------------------
 
@@ -42,6 +44,7 @@ class TakeOver:
         await self._host.ownership.become(
             Hold.PREPARED, peer=self._link.peer, migration_id=offer.migration_id, epoch=offer.epoch
         )
+        self.prepared = True
 
     async def dismiss(self) -> None:
         """Write that nothing will come of it: memory of it is here, and no machine."""
@@ -53,7 +56,11 @@ class TakeOver:
         self._host.machine.check_alive()
         self.begun = True
         epoch = ownership.record.epoch if ownership.record.hold is Hold.PREPARED else None
-        await self._become(hold, self._run_state(), epoch)
+        try:
+            await self._become(hold, self._run_state(), epoch)
+        except OSError:
+            self.begun = False  # the record is the one before: the machine is not here, and never was
+            raise
 
     async def start(self) -> None:
         """Run the machine, or write that it goes back. Lock held."""

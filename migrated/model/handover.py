@@ -122,6 +122,8 @@ SOURCE: Mapping[tuple[Source, Event], tuple[Source, tuple[Act, ...]]] = {
     # On another connection, as often as it takes.
     (_S.RELEASED, _E.LOST): (_S.RELEASED, (_A.SEND_COMMIT,)),
     (_S.RELEASED, _E.RESTARTED): (_S.RELEASED, (_A.SEND_COMMIT,)),
+    # Not for this answer any more: by the same word it asks whether all memory has arrived.
+    (_S.MOVED, _E.LOST): (_S.MOVED, (_A.SEND_COMMIT,)),
     # An operator starts it himself.
     (_S.RELEASED, _E.PEER_FENCED): (_S.RUNNING, (_A.WRITE_OWNER,)),
     (_S.RELEASED, _E.PEER_RUNS): (_S.MOVED, (_A.WRITE_MOVED,)),

@@ -7,7 +7,7 @@ a peer that has shown, by a bit of its features, that it knows them.
                  checked: 1 = a checksum follows each section
     X_COMMIT     the same id and epoch, u8 serves: 1 = memory that is missing still comes
     X_WITHDRAW   the same id and epoch
-    X_HANDOVER   u8 answer: 1 ready, 2 active, 3 refused; id and epoch     destination -> source
+    X_HANDOVER   u8 answer: 1 ready, 2 active, 3 refused, 4 whole; id and epoch   destination -> source
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class Answer(IntEnum):
     """The machine is this host's."""
     REFUSED = 3
     """This offer was never started here, and never will be."""
+    WHOLE = 4
+    """As active, and nothing of the machine is missing here: the source may let go of its memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,6 @@ def decode_answer(body: bytes) -> HandoverAnswer:
     """Decode a body of at least one byte. Raises RemoteProtocolError."""
     if body[0] not in Answer._value2member_map_:
         raise RemoteProtocolError(
-            "an answer to a hand-over that does not exist", section="return path", expected="1 to 3", found=str(body[0])
+            "an answer to a hand-over that does not exist", section="return path", expected="1 to 4", found=str(body[0])
         )
     return HandoverAnswer(Answer(body[0]), decode_handover(body[1:]))

@@ -136,6 +136,7 @@ def refuse_by_running(make_site: Callable[..., Site]) -> Site:
     return site
 
 
+@pytest.mark.row(28)
 @pytest.mark.parametrize(
     ("make_target", "reason"),
     [
@@ -163,6 +164,7 @@ def test_a_machine_does_not_leave_without_its_workload(make_site: Callable[..., 
     assert a.qmp.execute("x-migrated-query-ownership")["record"] == "owner"
 
 
+@pytest.mark.row(24)
 @pytest.mark.parametrize("at", [100_000, 9_000_001])
 def test_a_bit_that_changes_on_the_way_is_found(held_pair: tuple[Site, Site], link: Proxy, at: int) -> None:
     """TCP's own checksum lets one through every now and then; here it is in the content of a page."""
@@ -178,6 +180,7 @@ def test_a_bit_that_changes_on_the_way_is_found(held_pair: tuple[Site, Site], li
     migrate(a, b, uri=link.uri)
 
 
+@pytest.mark.row(24)
 def test_a_bit_that_changes_in_a_postcopy_package_is_found(held_pair: tuple[Site, Site], link: Proxy) -> None:
     a, b = held_pair
     for site in held_pair:

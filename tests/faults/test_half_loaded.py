@@ -55,6 +55,7 @@ def test_not_while_the_refused_source_is_still_listened_to(make_site: MakeSite) 
         b.qmp.execute("cont")
 
 
+@pytest.mark.row(12)
 def test_a_paused_machine_whose_twin_died_stays_at_the_source(held_pair: tuple[Site, Site], hold: Path) -> None:
     a, b = held_pair
     a.qmp.execute("stop")

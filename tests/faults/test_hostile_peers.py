@@ -30,6 +30,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
         yield target
 
 
+@pytest.mark.row(22)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_bad_stream_is_refused_by_name(case: Case, target: Target) -> None:
     answers = visit(target.port, case.stream, end=True)
@@ -54,6 +55,7 @@ def cuts() -> list[int]:
     return sorted(cut for cut in found if cut < len(STREAM))
 
 
+@pytest.mark.row(26)
 def test_a_stream_cut_anywhere_is_refused(target: Target) -> None:
     for cut in cuts():
         answers = visit(target.port, STREAM[:cut], end=True)
@@ -63,6 +65,7 @@ def test_a_stream_cut_anywhere_is_refused(target: Target) -> None:
     target.takes_a_machine()
 
 
+@pytest.mark.row(22, 26)
 def test_a_reset_anywhere_is_refused(target: Target) -> None:
     for cut in craft.borders(PIECES)[3:-1]:
         with Visit(target.port) as peer:
@@ -143,6 +146,7 @@ def test_a_machine_that_runs_here_is_not_overwritten(target: Target) -> None:
     target.takes_a_machine()
 
 
+@pytest.mark.row(22)
 def test_refusals_leave_nothing_in_memory(target: Target) -> None:
     """Neither the buffers of a stream nor the error that is remembered, with all that its frames refer to."""
     bad = LEAD + RAM + craft.short_head(craft.PART, craft.RAM_ID) + bytes(8)
@@ -167,6 +171,7 @@ def test_a_second_connection_is_closed_at_once(target: Target) -> None:
     target.sends_it_away()
 
 
+@pytest.mark.row(47)
 def test_two_hundred_quick_connections(target: Target) -> None:
     generator = random.Random(3)
     for _ in range(200):

@@ -70,6 +70,7 @@ def test_nothing_breaks(far: tuple[Site, Site, Proxy]) -> None:
     assert there["postcopy-blocktime"] <= sum(there["postcopy-vcpu-blocktime"]) + 1
 
 
+@pytest.mark.row(17)
 def test_a_link_that_breaks_twice_is_mended_by_itself(far: tuple[Site, Site, Proxy]) -> None:
     a, b, link = far
     for _ in range(2):
@@ -81,6 +82,7 @@ def test_a_link_that_breaks_twice_is_mended_by_itself(far: tuple[Site, Site, Pro
     finish(a, b)
 
 
+@pytest.mark.row(19)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_a_direction_that_goes_silent_is_noticed(far: tuple[Site, Site, Proxy], direction: str) -> None:
     """Heartbeats show it, though the kernel knows of nothing."""
@@ -99,6 +101,7 @@ def test_a_direction_that_goes_silent_is_noticed(far: tuple[Site, Site, Proxy], 
     finish(a, b)
 
 
+@pytest.mark.row(44)
 def test_an_operator_pauses_and_goes_on_elsewhere(far: tuple[Site, Site, Proxy]) -> None:
     a, b, _ = far
     a.qmp.execute("migrate-pause")
@@ -134,6 +137,7 @@ def test_a_stranger_at_a_paused_destination_changes_nothing(far: tuple[Site, Sit
     finish(a, b)
 
 
+@pytest.mark.row(18)
 def test_requests_go_over_a_connection_of_their_own(pair: tuple[Site, Site]) -> None:
     a, b = pair
     postcopy(a, b)

@@ -39,6 +39,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
         yield target
 
 
+@pytest.mark.row(21)
 def test_a_header_byte_by_byte(target: Target) -> None:
     long_name = craft.header() + craft.configuration("n" * 255)
     with Visit(target.port) as peer:
@@ -47,6 +48,7 @@ def test_a_header_byte_by_byte(target: Target) -> None:
     target.takes_a_machine()
 
 
+@pytest.mark.row(21)
 @pytest.mark.parametrize(
     ("lead", "begin", "where"),
     [
@@ -76,6 +78,7 @@ def test_byte_by_byte_within_one_thing(lead: bytes, begin: bytes, where: str, ta
     target.takes_a_machine()
 
 
+@pytest.mark.row(14)
 @pytest.mark.parametrize(
     ("begin", "seconds"),
     [
@@ -97,6 +100,7 @@ def test_a_migrated_source_falls_silent(begin: bytes, seconds: float, target: Ta
     target.takes_a_machine()
 
 
+@pytest.mark.row(21)
 def test_a_stranger_that_only_pings(target: Target) -> None:
     """Somebody who never sends a section does not keep the daemon from one who does."""
     with Visit(target.port) as peer:

@@ -123,6 +123,7 @@ def small_files(site: Site) -> Iterator[None]:
     resource.prlimit(site.daemon.pid, resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.row(31)
 @pytest.mark.parametrize(
     ("trouble", "text"), [(small_disk, "No space left on device"), (small_files, "File too large")]
 )

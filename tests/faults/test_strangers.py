@@ -44,6 +44,7 @@ def takes_a_machine(target: HoldingSite, tmp_path: Path, keys: Keys) -> None:
         assert target.peek("heap").startswith(b"through the crowd")
 
 
+@pytest.mark.row(21)
 def test_a_crowd_that_says_little_keeps_nobody_out(target: HoldingSite, tmp_path: Path, keys: Keys) -> None:
     before, idle = target.private_bytes(), target.descriptors()
     with ExitStack() as stack:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import signal
 
+import pytest
+
 from tests.integration.conftest import MakeSite
 from tests.support.following import record_of, wait_status, wait_until
 
 
+@pytest.mark.row(45)
 def test_a_destination_that_is_told_to_end_does_not_hand_the_machine_back(make_site: MakeSite) -> None:
     a = make_site("A")
     b = make_site("B", module="tests.support.misbehave", walker_arguments=["--mode", "deaf-to-cont"])

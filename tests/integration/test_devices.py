@@ -96,6 +96,7 @@ def test_described_devices_move_there_and_back(make: Callable[..., DescribedSite
     assert a.state() == here
 
 
+@pytest.mark.row(27)
 def test_an_older_device_arrives_in_a_newer_one(make: Callable[..., DescribedSite]) -> None:
     a, b = make("A", "chip@1", seed=1), make("B", "chip@2", seed=50)
     running(a)
@@ -103,6 +104,7 @@ def test_an_older_device_arrives_in_a_newer_one(make: Callable[..., DescribedSit
     assert b.state()["chip/0"] == {**of(1), "items": [], "items_len": 0}
 
 
+@pytest.mark.row(28)
 def test_all_that_does_not_fit_is_named_at_once(make: Callable[..., DescribedSite]) -> None:
     a = make("A", "chip/0", "chip/1", "bank", "disk@2", handlers="clock gauge", seed=1)
     b = make("B", "chip/1", "disk@1", "printer", handlers="clock rack", config=SHORT, seed=50)

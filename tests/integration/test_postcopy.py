@@ -129,12 +129,14 @@ def far(make_pager: MakePager) -> tuple[PagerSite, PagerSite]:
 LAST = RAM_BYTES // PAGE - 1
 
 
+@pytest.mark.row(49)
 def test_the_kernel_waits_for_pages_too(far: tuple[PagerSite, PagerSite]) -> None:
     a, b = far
     assert b.syscall_read(LAST)["bytes"] == 512
     follow(a, b)
 
 
+@pytest.mark.row(49)
 def test_a_forked_child_has_no_part_in_it(far: tuple[PagerSite, PagerSite]) -> None:
     a, b = far
     assert b.fork(LAST)["signal"] == signal.SIGSEGV
@@ -200,6 +202,7 @@ def pages_with_data(fd: int) -> list[int]:
         at = end
 
 
+@pytest.mark.row(11, 30)
 def test_a_destination_daemon_that_dies_leaves_the_workload_waiting_and_not_with_zeros(
     far: tuple[PagerSite, PagerSite],
 ) -> None:

@@ -94,6 +94,7 @@ def test_migratectl_says_so(pair: tuple[Site, Site]) -> None:
     ]
 
 
+@pytest.mark.row(28)
 def test_all_blockers_of_both_sides_are_named_at_once(make_site: MakeSite) -> None:
     a = born(make_site("A", module="tests.support.misbehave", walker_arguments=["--mode", "fail-on-load"]))
     b = make_site("B", ram_bytes=8 * MIB)
@@ -141,6 +142,7 @@ def test_a_destination_that_has_a_machine_and_one_that_is_not_there(
         ask(b, a)
 
 
+@pytest.mark.row(29)
 def test_memory_that_others_have_reserved_cannot_be_had_twice(pair: tuple[Site, Site]) -> None:
     a, b = pair
     reservation = b.directory / "other" / "memory-reserved.json"
@@ -186,6 +188,7 @@ def mounted(options: str, path: Path) -> Iterator[None]:
         subprocess.run(["/bin/umount", "-l", str(path)], check=True)
 
 
+@pytest.mark.row(31, 33)
 @pytest.mark.parametrize(
     ("options", "expected"), [("size=4k,nr_inodes=9", "state-disk-full"), ("ro", "state-read-only")]
 )
@@ -210,6 +213,7 @@ def answers(site: Site, **changes: object) -> Any:
         return parse_answer(visit.hear_exactly(12 + length)[13:])
 
 
+@pytest.mark.row(41)
 def test_clocks_that_differ_are_told(make_site: MakeSite) -> None:
     site = make_site("A")
     now_ms = time.time_ns() // 1_000_000
@@ -219,6 +223,7 @@ def test_clocks_that_differ_are_told(make_site: MakeSite) -> None:
     assert "clock-skew" not in [blocker.id for blocker in answers(site, clock_ms=now_ms).blockers]
 
 
+@pytest.mark.row(27)
 def test_a_source_of_another_version_hears_both(make_site: MakeSite) -> None:
     blocker = answers(make_site("A"), protocol=99, tool="migrated 9.9.9").blockers[0]
     assert blocker.id == "protocol-version"
@@ -237,6 +242,7 @@ def test_the_destination_does_as_its_source_and_forgets_it_again(make_pager: Mak
     assert b.qmp.execute("query-migrate-capabilities") == before
 
 
+@pytest.mark.row(36)
 def test_the_same_request_twice_is_one_migration(pair: tuple[Site, Site]) -> None:
     a, b = pair
     uri = b.address

@@ -71,6 +71,7 @@ def test_a_clean_stop_leaves_the_workload_and_no_sockets(pair: tuple[Site, Site]
     assert a.walker.poll() is None
 
 
+@pytest.mark.row(45)
 def test_sigterm_during_precopy_resumes_and_ends(pair: tuple[Site, Site]) -> None:
     a, b = pair
     a.qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 20})
@@ -81,6 +82,7 @@ def test_sigterm_during_precopy_resumes_and_ends(pair: tuple[Site, Site]) -> Non
     assert_still_runs(a)
 
 
+@pytest.mark.row(39)
 def test_two_daemons_cannot_share_a_machine(pair: tuple[Site, Site]) -> None:
     a, _ = pair
     second = run("--config", str(a.config))

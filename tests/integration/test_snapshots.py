@@ -247,6 +247,7 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
 ]
 
 
+@pytest.mark.row(48)
 def test_what_is_damaged_is_refused_before_anything_is_touched(site: Site) -> None:
     run_job(site.qmp, "snapshot-save", "good")
     events(site)

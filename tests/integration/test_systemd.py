@@ -73,6 +73,7 @@ def test_the_status_line(seen: dict[str, Any]) -> None:
     assert of(seen, "running")["StatusText"] == "resume"
 
 
+@pytest.mark.row(46)
 def test_a_daemon_that_hangs_is_started_again_and_finds_its_workload(seen: dict[str, Any]) -> None:
     restarted = of(seen, "restarted")
     assert (restarted["ActiveState"], restarted["NRestarts"]) == ("active", "1")

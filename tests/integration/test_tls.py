@@ -102,6 +102,7 @@ def test_postcopy_on_two_connections(make: Make, keys: Keys) -> None:
     assert lines(b, "second_channel")
 
 
+@pytest.mark.row(43)
 def test_reload_takes_new_keys_and_keeps_old_ones_for_bad(make: Make, keys: Keys, tmp_path: Path) -> None:
     directory = keys.host("e", "127.0.0.1")
     a, b = make("A", tls(keys.host("f"))), make("B", tls(directory), waits=True)

@@ -30,6 +30,7 @@ def fail(source: Site, target: Site) -> str:
     return str(figures["error-desc"])
 
 
+@pytest.mark.row(50)
 def test_a_workload_that_hangs_in_on_stop_is_named_and_goes_on(make_site: MakeSite) -> None:
     a, b = start(make_site, "A", "hang-stop"), start(make_site, "B", "none")
     a.qmp.execute("migrate-set-parameters", {"x-migrated-stop-timeout": 500})
@@ -57,6 +58,7 @@ def test_a_workload_that_dies_while_saving_is_named(make_site: MakeSite) -> None
     assert run_state(b) == "inmigrate"
 
 
+@pytest.mark.row(25, 50)
 def test_a_device_that_cannot_be_restored_resumes_the_source(make_site: MakeSite) -> None:
     a, b = start(make_site, "A", "fail-on-load"), start(make_site, "B", "fail-on-load")
     reason = fail(a, b)
@@ -78,6 +80,7 @@ def test_a_twin_with_a_device_that_does_not_arrive_is_refused(make_site: MakeSit
     assert_still_runs(a)
 
 
+@pytest.mark.row(12)
 def test_a_workload_killed_in_the_middle_is_named(pair: tuple[Site, Site]) -> None:
     a, b = pair
     a.qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 20})
@@ -128,6 +131,7 @@ def workloads(site: Site) -> list[Any]:
     return list(site.qmp.execute("x-migrated-query-machine")["workloads"])
 
 
+@pytest.mark.row(2)
 def test_a_source_daemon_killed_in_the_middle_leaves_the_workload_running(pair: tuple[Site, Site]) -> None:
     a, b = pair
     a.qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 20})

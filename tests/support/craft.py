@@ -15,6 +15,8 @@ OPEN_RETURN_PATH, PING, ADVISE, LISTEN, RUN, DISCARD, PACKAGED = 1, 2, 3, 4, 5, 
 #: Ping values: what a QEMU begins with, and what a `migrated` source does.
 QEMUS_PING, OUR_PING = 1, 0x4D494752
 RAM_ID, DEVICE_ID = 2, 40
+#: Between two `migrated` daemons. An offer is named by a counted text and an epoch.
+OFFER, COMMIT, WITHDRAW = 0x4D02, 0x4D03, 0x4D04
 
 EOF = b"\0"
 
@@ -52,6 +54,19 @@ def ping(value: int = QEMUS_PING) -> bytes:
 
 def open_return_path(value: int = QEMUS_PING) -> bytes:
     return command(OPEN_RETURN_PATH) + ping(value)
+
+
+def offer(migration_id: bytes, epoch: int = 1, *, checked: int = 0) -> bytes:
+    """An offer; ``checked``: a checksum follows each section."""
+    return command(OFFER, name(migration_id) + number(epoch, 8) + bytes([checked]))
+
+
+def commit(migration_id: bytes, epoch: int = 1, *, serves: int = 1) -> bytes:
+    return command(COMMIT, name(migration_id) + number(epoch, 8) + bytes([serves]))
+
+
+def withdrawal(migration_id: bytes, epoch: int = 1) -> bytes:
+    return command(WITHDRAW, name(migration_id) + number(epoch, 8))
 
 
 def footer(section_id: int) -> bytes:

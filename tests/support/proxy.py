@@ -24,7 +24,7 @@ class Direction:
     limit: int | None = None
     """Pass this many bytes, then do what `at_limit` says."""
     at_limit: str = "cut"
-    """cut (RST both ways) | stall (pass nothing more) | swallow (read on, deliver nothing)"""
+    """cut (RST both ways) | stall (pass nothing more) | swallow (read on, deliver nothing, not even the end)"""
     flip_at: int | None = None
     """Flip a bit of the byte at this offset."""
     flip_behind: tuple[bytes, int] | None = None
@@ -38,6 +38,10 @@ class Direction:
     @property
     def stalled(self) -> bool:
         return self.limit is not None and self.passed >= self.limit and self.at_limit == "stall"
+
+    @property
+    def swallows(self) -> bool:
+        return self.limit is not None and self.passed >= self.limit and self.at_limit == "swallow"
 
 
 class Proxy:
@@ -106,7 +110,8 @@ class Proxy:
 
     def _pump(self, client: socket.socket, server: socket.socket) -> None:
         ways = {client: (server, self.forward), server: (client, self.backward)}
-        while ways:
+        unheard = False  # an end was swallowed: only a cut makes the other side notice
+        while ways or unheard:
             ready = [sock for sock, (_, way) in ways.items() if not way.stalled]
             readable, _, _ = select.select([*ready, self._wake_r], [], [])
             if self._wake_r in readable:
@@ -123,23 +128,20 @@ class Proxy:
                     _reset(client)
                     _reset(server)
                     return
-                if verdict == "end":
+                if verdict in ("end", "unheard"):
+                    unheard = unheard or verdict == "unheard"
                     del ways[sock]
-        _reset(client) if ways else client.close()
-        _reset(server) if ways else server.close()
+        for sock in (client, server):
+            _reset(sock) if ways or unheard else sock.close()
 
     def _pass(self, sock: socket.socket, to: socket.socket, way: Direction) -> str:
         room = CHUNK if way.limit is None or way.at_limit == "swallow" else min(CHUNK, way.limit - way.passed)
         try:
             data = sock.recv(room) if room else b""
         except OSError:
-            return "cut"
+            return "unheard" if way.swallows else "cut"
         if room and not data:
-            try:
-                to.shutdown(socket.SHUT_WR)
-            except OSError:
-                return "cut"
-            return "end"
+            return _end(to, way)
         if way.kept is not None:
             way.kept += data
         data = _changed(data, way)
@@ -176,6 +178,16 @@ def _changed(data: bytes, way: Direction) -> bytes:
     if at < 0:
         return data
     return data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :]
+
+
+def _end(to: socket.socket, way: Direction) -> str:
+    if way.swallows:
+        return "unheard"
+    try:
+        to.shutdown(socket.SHUT_WR)
+    except OSError:
+        return "cut"
+    return "end"
 
 
 def _connect(target: tuple[str, int] | str) -> socket.socket:

@@ -75,4 +75,4 @@ def test_nonsense(payload: bytes, text: str) -> None:
 
 def test_an_answer_that_does_not_exist() -> None:
     with pytest.raises(RemoteProtocolError, match="does not exist"):
-        decode_answer(b"\x04" + PAYLOAD)
+        decode_answer(b"\x05" + PAYLOAD)
