@@ -368,6 +368,10 @@ class TlsChannel(SocketChannel):
         self.shutdown_write()
         try:
             await self._flush()
+        except ChannelError:
+            if self._speaks_ours:
+                raise
+            # All that is left is what OpenSSL says to a bare end, and a QEMU that has ended does not read it.
         finally:
             self._shut_down_socket()
             await super().close()
