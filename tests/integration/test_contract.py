@@ -91,7 +91,7 @@ def test_cleanup_comes_after_a_stream_that_broke(sites: tuple[Site, Site], tmp_p
     a, b = sites
     a.qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 20})
     a.qmp.execute("migrate", {"uri": b.address})
-    wait_until(lambda: b.qmp.execute("query-migrate").get("status") == "active", "B loads")
+    wait_until(lambda: (tmp_path / f"{b.daemon.pid}.jsonl").exists() and calls(b, tmp_path), "B loads")
     a.qmp.execute("migrate_cancel")
     wait_status(a, {"cancelled"})
     wait_until(lambda: calls(b, tmp_path)[-1][0] == "load_cleanup", "B has cleaned up")
