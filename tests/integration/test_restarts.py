@@ -139,7 +139,7 @@ def test_a_listener_for_everybody_needs_keys_or_names(make_site: MakeSite) -> No
     unnamed = make_site("D", incoming="defer", module="", config=clear)
     with pytest.raises(CommandError, match=r"0\.0\.0\.0.*can be reached from other hosts, in cleartext.*allow = "):
         unnamed.qmp.execute("migrate-incoming", {"uri": "tcp:0.0.0.0:0"})
-    named = make_site("C", incoming='defer"\nallow = ["127.0.0.1"]\n#', module="", config=clear)
+    named = make_site("C", incoming="defer", allow=["127.0.0.1"], module="", config=clear)
     named.qmp.execute("migrate-incoming", {"uri": "tcp:0.0.0.0:0"})
 
 

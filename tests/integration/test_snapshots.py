@@ -261,7 +261,7 @@ def test_what_is_damaged_is_refused_before_anything_is_touched(site: Site) -> No
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert verified.returncode == 4
-        assert verified.stderr == f"migratectl: {error}\n"
+        assert verified.stderr == f"migratectl: {error} [stream-invalid]\n"
     assert "STOP" not in events(site), "the machine never noticed"
     assert_still_runs(site)
     run_job(site.qmp, "snapshot-load", "good")
