@@ -5,7 +5,6 @@ The rule of the file: no daemon is asked, but by `check`, and that one as any pe
 
 from __future__ import annotations
 
-import asyncio
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -116,6 +115,8 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Meet the daemon at HOST as a source would, and say whether each trusts the other. Nothing is migrated."""
+    import asyncio
+
     from migrated.errors import ChannelError, TlsError
 
     output = Output(as_json or ctx.obj.as_json)
