@@ -11,6 +11,7 @@ import pytest
 import structlog
 
 from migrated.errors import ChannelClosed, OutcomeUnknown
+from migrated.migration.faultpoint import no_fault
 from migrated.migration.host import Host
 from migrated.migration.operator_pause import OperatorPause
 from migrated.migration.ownership import Ownership
@@ -83,6 +84,7 @@ def fake_host(store: MemoryStore) -> Host:
             settings=SimpleNamespace(enabled=lambda name: False, seconds=lambda name: 10.0),
             clock=time.monotonic,
             log=structlog.get_logger(),
+            fault_point=no_fault,
         ),
     )
 
