@@ -11,8 +11,9 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from migrated.errors import ChannelError, RemoteProtocolError
 from migrated.migration.faultpoint import behind
-from migrated.migration.host import Host
+from migrated.migration.host import Host, resume_machine, write_moved
 from migrated.model.handover import Act, Event, Hold, Source, Target, source_step, target_step
+from migrated.model.runstate import RunState
 from migrated.wire.command import Command
 from migrated.wire.handover import Offer, encode_commit, encode_withdrawal
 
@@ -64,7 +65,8 @@ class SourceHandover:
                 case Act.WRITE_OWNER:
                     await self._host.ownership.become(Hold.OWNER)
                 case Act.WRITE_MOVED:
-                    await self._moved()
+                    offer = self.offer
+                    await write_moved(self._host, peer=self.peer, migration_id=offer.migration_id, epoch=offer.epoch)
                 case Act.RUN if run is not None:
                     await run()
                 case Act.SEND_COMMIT if send is not None:
@@ -86,20 +88,34 @@ class SourceHandover:
             self.state = before  # nobody was told: it is still this host's
             raise
 
-    async def _moved(self) -> None:
-        try:
-            await self._host.ownership.become(
-                Hold.MOVED, peer=self.peer, migration_id=self.offer.migration_id, epoch=self.offer.epoch
-            )
-        except OSError as error:
-            # It has moved all the same. A restart finds "released" on the disk, and asks.
-            self._host.log.error("record_not_written", error=str(error), migration_id=self.offer.migration_id)
-
     async def _withdraw(self, send: Callable[[bytes], Awaitable[None]]) -> None:
         try:
             await send(encode_withdrawal(self.offer))
         except ChannelError:
             return  # it waits, until another offer tells it the same
+
+
+async def take_back(
+    host: Host,
+    handover: SourceHandover | None,
+    previous: RunState,
+    *,
+    send: Callable[[bytes], Awaitable[None]] | None = None,
+) -> None:
+    """Make the machine this host's again, and what it was before. Lock held; twice does no harm.
+
+    ``send`` tells a destination that can be told. Without an offer the record may say "released" as well: nobody has
+    started what was not sent whole, or was refused.
+    """
+
+    async def resume() -> None:
+        await resume_machine(host, previous)
+
+    if handover is not None:
+        await handover.happened(Event.REFUSED if handover.released else Event.LOST, send=send, run=resume)
+    elif host.ownership.record.hold is Hold.RELEASED:
+        await host.ownership.become(Hold.OWNER)
+    await resume()  # also where it had not got as far as that
 
 
 class TargetHandover:

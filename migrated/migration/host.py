@@ -6,9 +6,9 @@ The rule of the file: only contracts (savevm) and callbacks; the composition roo
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from structlog.typing import FilteringBoundLogger
 
@@ -25,6 +25,8 @@ from migrated.stream.incoming import IncomingStream
 from migrated.wire.section import SectionHeader
 
 Emit = Callable[[str, dict[str, object]], None]
+#: Makes a task of the daemon, which ends with it.
+Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 #: Sections every stream may or may not have; everything else that is registered must arrive.
 OPTIONAL_SECTIONS = ("ram", "globalstate", "timer")
@@ -164,6 +166,21 @@ async def let_go_of_memory(host: Host) -> None:
         host.machine.set_run_state(RunState.INMIGRATE)
     await host.machine.release()
     host.kept.forget()
+
+
+async def write_moved(host: Host, *, peer: str, migration_id: str, epoch: int | None = None) -> None:
+    """Write that the machine is at the other end. It is, also where that cannot be written."""
+    try:
+        await host.ownership.become(Hold.MOVED, peer=peer, migration_id=migration_id, epoch=epoch)
+    except OSError as error:
+        # On the disk "released" stays, which never runs it here; a restart asks.
+        host.log.error("record_not_written", error=str(error), migration_id=migration_id)
+
+
+async def leave_machine(host: Host, peer: str) -> None:
+    """Have everybody here know that the machine is at ``peer``. Lock held."""
+    host.machine.set_run_state(RunState.POSTMIGRATE)
+    await host.machine.moved(peer)
 
 
 async def resume_machine(host: Host, previous: RunState) -> None:

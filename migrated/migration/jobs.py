@@ -8,16 +8,13 @@ world is told by the job.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any
+from collections.abc import Awaitable, Callable
 
 from structlog.typing import FilteringBoundLogger
 
 from migrated.errors import CommandError, MigratedError, MigrationCancelled
-from migrated.migration.host import Emit, error_of, without_frames
+from migrated.migration.host import Emit, Spawn, error_of, without_frames
 from migrated.model.job import JobStatus, JobType, JobVerb, check_job_id, check_transition, check_verb
-
-Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 #: Jobs that nobody dismisses must not pile up for ever.
 MAX_JOBS = 64

@@ -6,9 +6,8 @@ Implements control's ``MigratorPort``. Error texts are QEMU's where QEMU has one
 
 from __future__ import annotations
 
-import asyncio
 import uuid
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from migrated.errors import CommandError
@@ -19,6 +18,8 @@ from migrated.migration.host import (
     OPTIONAL_SECTIONS,
     Emit,
     Host,
+    Spawn,
+    leave_machine,
     let_go_of_memory,
     require_machine_here,
     require_something,
@@ -39,8 +40,6 @@ from migrated.transport.address import Address, parse_address
 from migrated.transport.channel import Channel
 from migrated.transport.tls_channel import names_of
 from migrated.transport.trust import Trust
-
-Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 BUSY = "There's a migration process in progress"
 OTHER_HOST = "the paused migration is another host's"
@@ -338,18 +337,7 @@ class Migrator:
             if peer_is_fenced:
                 self._host.machine.set_run_state(RunState.PAUSED)
             else:
-                self._host.machine.set_run_state(RunState.POSTMIGRATE)
-                await self._host.machine.moved(ownership.record.peer)
-
-    # -- descriptors -------------------------------------------------------------------------------------------
-
-    def add_fd(self, name: str, fd: int) -> None:
-        """Keep a descriptor under a name (``getfd``); one of that name is replaced."""
-        self.descriptors.add(name, fd)
-
-    def close_fd(self, name: str) -> None:
-        """Close a kept descriptor (``closefd``)."""
-        self.descriptors.close(name)
+                await leave_machine(self._host, ownership.record.peer)
 
     # -- answers -----------------------------------------------------------------------------------------------
 

@@ -17,8 +17,8 @@ import asyncio
 from collections.abc import Callable, Mapping
 
 from migrated.errors import ChannelError, MigrationCancelled, PeerRefused, WorkloadError
-from migrated.migration.handover import SourceHandover
-from migrated.migration.host import Host, first_error, insist, resume_machine
+from migrated.migration.handover import SourceHandover, take_back
+from migrated.migration.host import Host, first_error, insist, leave_machine, write_moved
 from migrated.migration.operator_pause import OperatorPause
 from migrated.migration.progress import Progress
 from migrated.migration.recovery import Dial
@@ -30,7 +30,7 @@ from migrated.migration.return_path import (
     PeerKind,
     ReturnPathReader,
 )
-from migrated.migration.settlement import Settlement
+from migrated.migration.settlement import GIVEN_BACK, Settlement
 from migrated.model.handover import Event, Hold
 from migrated.model.runstate import RunState
 from migrated.model.stats import BandwidthMeter
@@ -192,7 +192,7 @@ class PostcopySource:
             return
         self.committed = False
         await self._take_back(None)
-        raise PeerRefused("the destination has lost what it had loaded, and gives the machine back")
+        raise PeerRefused(GIVEN_BACK)
 
     async def settle(self, dial: Dial) -> bool:
         """Ask for an answer that got lost, to the commit or at the end; True when all memory is at the destination.
@@ -208,25 +208,16 @@ class PostcopySource:
         return answer is Answer.WHOLE
 
     async def _take_back(self, link: Link | None) -> None:
-        host, handover = self._host, self._handover
-
-        async def resume() -> None:
-            await resume_machine(host, self._previous)
-
-        async with host.lock:
-            if handover is not None:
-                event = Event.REFUSED if handover.released else Event.LOST
-                await handover.happened(event, send=link.put if link is not None else None, run=resume)
-            elif host.ownership.record.hold is Hold.RELEASED:
-                await host.ownership.become(Hold.OWNER)
-            await resume()  # also where it had not got as far as that
+        async with self._host.lock:
+            send = link.put if link is not None else None
+            await take_back(self._host, self._handover, self._previous, send=send)
 
     # -- from the commit on ------------------------------------------------------------------------------------
 
     async def _answered(self, link: Link) -> None:
         if self._handover is None:
             self._runs_there()
-            await self._moved(link)
+            await write_moved(self._host, peer=link.peer, migration_id=self._migration_id)
         await self._host.fault_point("source.background")
         self._host.postcopy_save.begin_background()
         link.expect_signs_of_life(self._host.settings.silence_timeout_s())
@@ -235,13 +226,6 @@ class PostcopySource:
         self.answered = True
         self._progress.ledger.mark("answer", self._host.clock())
         self._progress.ledger.end(self._host.clock())
-
-    async def _moved(self, link: Link) -> None:
-        try:
-            await self._host.ownership.become(Hold.MOVED, peer=link.peer, migration_id=self._migration_id)
-        except OSError as error:
-            # It is a move all the same; on disk "released" stays, which never runs it here.
-            self._host.log.error("record_not_written", error=str(error), migration_id=self._migration_id)
 
     async def resume(self, link: Link, on_resumed: Callable[[], None]) -> None:
         """Go on, on a new connection. Raises with the migration to be paused again."""
@@ -310,8 +294,7 @@ class PostcopySource:
     async def let_go(self, peer: str) -> None:
         """All memory is at the destination: this host's is out of date."""
         async with self._host.lock:
-            self._host.machine.set_run_state(RunState.POSTMIGRATE)
-            await self._host.machine.moved(peer)
+            await leave_machine(self._host, peer)
 
     @property
     def _answer_timeout_s(self) -> float:

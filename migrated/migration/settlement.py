@@ -7,22 +7,21 @@ taken the machine over says so, whoever has not, and never will, says that. Both
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any
+from collections.abc import Awaitable, Callable
 
 from migrated.errors import ChannelError, MigratedError
 from migrated.migration.handover import SourceHandover
-from migrated.migration.host import Host, resume_machine
+from migrated.migration.host import Host, Spawn, leave_machine, resume_machine
 from migrated.migration.question import ask_over
 from migrated.migration.recovery import RECONNECT_MAX_S, RECONNECT_MIN_S, Dial
 from migrated.migration.return_path import PeerKind, ReturnPathReader
 from migrated.model.handover import Event
-from migrated.model.runstate import RunState
 from migrated.stream.outgoing import OutgoingStream
 from migrated.wire.command import FEATURE_HANDOVER
 from migrated.wire.handover import Answer
 
-Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
+#: What a source says whose destination answers REFUSED.
+GIVEN_BACK = "the destination has lost what it had loaded, and gives the machine back"
 
 
 class Settlement:
@@ -96,8 +95,7 @@ class Settler:
         async with self._host.lock:
             if answer is not Answer.REFUSED:
                 await handover.happened(Event.ACTIVE)
-                self._host.machine.set_run_state(RunState.POSTMIGRATE)
-                await self._host.machine.moved(handover.peer)
+                await leave_machine(self._host, handover.peer)
             else:
                 await handover.happened(Event.REFUSED, run=self._resume)
 

@@ -45,7 +45,7 @@ def acts_of(handover: TargetHandover, take_over: TakeOver, link: IncomingLink, h
 
 
 class Answered(Exception):
-    """The connection only brought a commit that was said before."""
+    """The connection was a question, and has its answer: a dry run, or a commit that was said before."""
 
 
 class Waiting(Protocol):

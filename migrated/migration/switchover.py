@@ -17,13 +17,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from migrated.errors import ChannelError, OutcomeUnknown, PeerRefused, ProtocolError
-from migrated.migration.handover import SourceHandover
-from migrated.migration.host import Host, insist, resume_machine
+from migrated.migration.handover import SourceHandover, take_back
+from migrated.migration.host import Host, insist, write_moved
 from migrated.migration.operator_pause import OperatorPause
 from migrated.migration.progress import Progress
 from migrated.migration.recovery import Dial
 from migrated.migration.return_path import PeerKind, ReturnPathReader
-from migrated.migration.settlement import Settlement
+from migrated.migration.settlement import GIVEN_BACK, Settlement
 from migrated.model.handover import Event, Hold
 from migrated.model.runstate import RunState
 from migrated.stream.outgoing import OutgoingStream
@@ -140,7 +140,7 @@ class Switchover:
             except TimeoutError:
                 raise self._unknown(error) from error
         if answer is Answer.REFUSED:
-            raise PeerRefused("the destination has lost what it had loaded, and gives the machine back")
+            raise PeerRefused(GIVEN_BACK)
 
     async def _release(self, f: OutgoingStream, channel: Channel) -> None:
         self._host.machine.check_alive()  # who watches may not have had its turn yet, and is dismissed here
@@ -196,30 +196,13 @@ class Switchover:
             if self._by is not None:
                 await self._by.handover.happened(Event.ACTIVE)
             else:
-                await self._write_moved(peer)
+                await write_moved(host, peer=peer, migration_id=self._migration_id)
             await host.machine.moved(peer)
 
-    async def _write_moved(self, peer: str) -> None:
-        try:
-            await self._host.ownership.become(Hold.MOVED, peer=peer, migration_id=self._migration_id)
-        except OSError as error:
-            # It has moved all the same. A restart finds `released` on the disk and asks.
-            self._host.log.error("record_not_written", error=str(error), migration_id=self._migration_id)
-
     async def _take_back(self, previous: RunState, f: OutgoingStream | None) -> None:
-        host = self._host
         self.committed = self.handed_over = False
-
-        async def resume() -> None:
-            await resume_machine(host, previous)
-
-        if self._by is not None:
-            handover = self._by.handover
-            event = Event.REFUSED if handover.released else Event.LOST
-            await handover.happened(event, send=f.send if f is not None else None, run=resume)
-        elif host.ownership.record.hold is Hold.RELEASED:
-            await host.ownership.become(Hold.OWNER)
-        await resume()  # also where it had not got as far as that
+        handover = self._by.handover if self._by is not None else None
+        await take_back(self._host, handover, previous, send=f.send if f is not None else None)
 
     def _unknown(self, why: object) -> OutcomeUnknown:
         return OutcomeUnknown(f"{why}; {self._host.ownership.text()}. Next: {self._host.ownership.next_step()}")
