@@ -58,6 +58,12 @@ _ROWS = (
         "command-unknown", _O, "there is no such command, or not yet in this session", "`query-commands` lists them"
     ),
     ErrorId("argument-invalid", _O, "an argument has a wrong name, type or value", "correct it; nothing was changed"),
+    ErrorId(
+        "access-denied",
+        _O,
+        "this user may not do that on this machine",
+        "become a member of the socket's group (`[control] group`), or do it as root",
+    ),
     ErrorId("busy", _O, "a migration or a snapshot is under way", "wait for its end, or cancel it"),
     ErrorId(
         "not-owner", _O, "the ownership record forbids it on this host", "`migratectl whoowns` says what may be done"

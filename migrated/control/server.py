@@ -1,12 +1,13 @@
 """The control socket: accepts QMP clients, gives each a session, and tells all of them about events.
 
 The rule of the file: it knows sessions, not commands. QEMU serves one client per monitor socket; here several are
-served at once, each with its own order of commands.
+served at once, each with its own order of commands. Who a client is decides what its session may do.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -14,9 +15,10 @@ from collections.abc import Callable, Mapping
 import structlog
 
 from migrated.control.ports import Services
-from migrated.control.session import Session, SessionLimits
-from migrated.errors import MigratedError
+from migrated.control.session import Session, SessionLimits, encode_refusal
+from migrated.errors import CommandError, MigratedError
 from migrated.transport.fd_socket import FdSocket, UnixServer, serve_unix
+from migrated.transport.local_peer import Access, AccessRule, local_peer
 from migrated.wire import qmp
 
 log = structlog.get_logger(__name__)
@@ -30,7 +32,11 @@ FLUSH_DEADLINE_S = 2.0
 
 
 class ControlServer:
-    """The QMP server of one daemon."""
+    """The QMP server of one daemon.
+
+    Commands are for root, the daemon's user and members of ``group`` (the daemon's own, if None); members of
+    ``read_only_group`` may ask, and see events.
+    """
 
     def __init__(
         self,
@@ -39,6 +45,7 @@ class ControlServer:
         *,
         mode: int = 0o660,
         group: str | None = None,
+        read_only_group: str | None = None,
         limits: SessionLimits | None = None,
         max_sessions: int = MAX_SESSIONS,
     ) -> None:
@@ -46,6 +53,8 @@ class ControlServer:
         self._path = path
         self._mode = mode
         self._group = group
+        self._read_only_group = read_only_group
+        self._rule = AccessRule(frozenset())
         self._limits = limits or SessionLimits()
         self._max_sessions = max_sessions
         self._sessions: set[Session] = set()
@@ -58,6 +67,8 @@ class ControlServer:
 
     async def start(self) -> None:
         """Listen. Raises ChannelError when that is not possible."""
+        own = os.getegid() if self._group is None else self._group
+        self._rule = AccessRule.of(own, read_only_group=self._read_only_group)
         self._listener = await serve_unix(self._path, socket.SOCK_STREAM, self._mode, self._group, self._serve)
         self._unsubscribe = self._services.migrator.subscribe(self.broadcast)
         log.info("qmp_listening", path=self._path)
@@ -91,11 +102,13 @@ class ControlServer:
             self._listener = None
 
     async def _serve(self, connection: FdSocket) -> None:
-        if self._closing or len(self._sessions) >= self._max_sessions:
-            await self._refuse(connection)
+        try:
+            access = self._admit(connection)
+        except MigratedError as error:
+            await self._refuse(connection, error)
             return
         self._count += 1
-        session = Session(connection, self._services, self._limits, self._count)
+        session = Session(connection, self._services, self._limits, self._count, access)
         self._sessions.add(session)
         self._idle.clear()
         try:
@@ -105,12 +118,23 @@ class ControlServer:
             if not self._sessions:
                 self._idle.set()
 
-    async def _refuse(self, connection: FdSocket) -> None:
+    def _admit(self, connection: FdSocket) -> Access:
+        """Return what the client may do. Raises CommandError or KernelError when that is nothing."""
+        if self._closing:
+            raise CommandError("The daemon is shutting down")
+        peer = local_peer(connection.sock)
+        access = self._rule.access(peer)
+        if access is None:
+            raise CommandError(f"{peer} may not use this socket, only {self._rule}", error_id="access-denied")
+        if len(self._sessions) >= self._max_sessions:
+            raise CommandError(f"Too many clients ({self._max_sessions})")
+        return access
+
+    async def _refuse(self, connection: FdSocket, why: MigratedError) -> None:
         """Say why instead of the greeting; the line is short enough never to wait for the client."""
-        why = "The daemon is shutting down" if self._closing else f"Too many clients ({self._max_sessions})"
-        log.warning("qmp_client_refused", why=why)
+        log.warning("qmp_client_refused", why=str(why), error_id=why.error_id)
         try:
-            await connection.send(qmp.encode_error("GenericError", why))
+            await connection.send(encode_refusal(why))
         except (MigratedError, OSError) as error:
             log.debug("qmp_client_lost", error=str(error))
         finally:

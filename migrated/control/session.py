@@ -25,6 +25,7 @@ from migrated.control.outbox import Outbox
 from migrated.control.ports import Services
 from migrated.errors import CommandError, MigratedError
 from migrated.transport.fd_socket import FdSocket
+from migrated.transport.local_peer import Access
 from migrated.wire import qmp
 
 log = structlog.get_logger(__name__)
@@ -57,8 +58,11 @@ class Request:
 class Session:
     """One connection to the control socket."""
 
-    def __init__(self, connection: FdSocket, services: Services, limits: SessionLimits, number: int) -> None:
+    def __init__(
+        self, connection: FdSocket, services: Services, limits: SessionLimits, number: int, access: Access
+    ) -> None:
         self.negotiated = False
+        self._access = access
         self._connection = connection
         self._services = services
         self._limits = limits
@@ -113,7 +117,7 @@ class Session:
             return
         match event:
             case qmp.Malformed(desc):
-                await self._send(_refusal(CommandError(desc, error_id="argument-invalid"), qmp.ABSENT))
+                await self._send(encode_refusal(CommandError(desc, error_id="argument-invalid")))
             case qmp.Message(value):
                 await self._send(await self._answer(value))
 
@@ -138,10 +142,10 @@ class Session:
             return qmp.encode_return(await self._execute(check_request(value)), ident)
         except MigratedError as error:
             self._log.info("qmp_command_refused", error=str(error), error_id=error.error_id)
-            return _refusal(error, ident)
+            return encode_refusal(error, ident)
         except Exception as error:  # noqa: BLE001 - the top of a session: a bug in a command must not end the socket
             self._log.exception("qmp_command_crashed", error_id="internal")
-            return _refusal(MigratedError(f"Internal error: {type(error).__name__}: {error}"), ident)
+            return encode_refusal(MigratedError(f"Internal error: {type(error).__name__}: {error}"), ident)
 
     async def _execute(self, request: Request) -> object:
         if not self.negotiated and request.name != "qmp_capabilities":
@@ -163,6 +167,9 @@ class Session:
                 raise CommandError(text, error_id="command-unknown")
             text = f"The command {request.name} has not been found"
             raise CommandError(text, "CommandNotFound", error_id="command-unknown")
+        if self._access is Access.READ_ONLY and not command.asks:
+            text = f"{request.name} is for those with full access to this socket; you may ask (query-...)"
+            raise CommandError(text, error_id="access-denied")
         arguments = convert_arguments(command.arguments, request.arguments)
         return await command.run(Call(self._services, self), arguments)
 
@@ -198,7 +205,8 @@ class Session:
             self._connection.sock.shutdown(how)
 
 
-def _refusal(error: MigratedError, ident: object) -> bytes:
+def encode_refusal(error: MigratedError, ident: object = qmp.ABSENT) -> bytes:
+    """Return the line that says why a command, or a client, is refused."""
     refused = isinstance(error, CommandError)
     known = "nothing was changed" if refused else "what the command had begun may be half done"
     qmp_class = error.qmp_class if isinstance(error, CommandError) else "GenericError"

@@ -243,7 +243,13 @@ class Daemon:
         attach = AttachServer(machine, config.attach_socket, mode=config.attach.mode, group=config.attach.group)
         await attach.start()
         stack.push_async_callback(attach.close)
-        control = ControlServer(services, config.control_socket, mode=config.control.mode, group=config.control.group)
+        control = ControlServer(
+            services,
+            config.control_socket,
+            mode=config.control.mode,
+            group=config.control.group,
+            read_only_group=config.control.read_only_group,
+        )
         await control.start()
         stack.push_async_callback(lambda: control.close(self._stopping.result() if self._stopping.done() else None))
         if self._inherited is not None:

@@ -69,6 +69,12 @@ class Socket(Struct, frozen=True, rename="kebab"):
     group: str | None = None
 
 
+class Control(Socket, frozen=True, rename="kebab"):
+    """The QMP socket; with a second group, whose members may ask, everybody connects and credentials decide."""
+
+    read_only_group: str | None = None
+
+
 class Migration(Struct, frozen=True, rename="kebab"):
     """Where a machine may arrive, and the start values of what QMP can change."""
 
@@ -117,7 +123,7 @@ class Config(Struct, frozen=True, rename="kebab"):
 
     machine: Machine = Machine()
     paths: Paths = Paths()
-    control: Socket = Socket()
+    control: Control = Control()
     attach: Socket = Socket()
     migration: Migration = Migration()
     tls: Tls = Tls()
@@ -285,6 +291,9 @@ def _path_problems(config: Config) -> Iterator[tuple[str, str]]:
             yield key, f"expected an absolute path, found '{path}'"
         if key.endswith("socket") and (length := len(path.encode())) > PATH_MAX_BYTES:
             yield key, f"expected at most {PATH_MAX_BYTES} bytes for a socket's path, found {length} ('{path}')"
+    if config.control.read_only_group is not None and config.control.mode & 0o006 != 0o006:
+        expected = 'expected mode = "0666": members of two groups connect, and what they may do their credentials say'
+        yield "control.mode", f'{expected}, found "{config.control.mode:04o}"'
     if config.control.socket == config.attach.socket:
         yield "attach.socket", "expected another path than control.socket"
 

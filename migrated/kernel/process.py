@@ -1,9 +1,9 @@
-"""Other processes: who is at the other end of a socket, handles that outlive a pid, signals, and "has it stopped?".
+"""Other processes: handles that outlive a pid, signals, and "has it stopped?".
 
 The rule of the file: a process is held by pidfd; a bare pid is used only to read /proc, and only while the pidfd says
 that the process is still there. No numpy here: the client library imports this module.
 
-Source: pidfd_open(2), unix(7) SO_PEERCRED, proc(5).
+Source: pidfd_open(2), proc(5).
 """
 
 from __future__ import annotations
@@ -14,17 +14,12 @@ import re
 import select
 import signal
 import socket
-import struct
 from dataclasses import dataclass
 
 from migrated.errors import KernelError
 
 # Newer than Python 3.11's socket module; asm-generic/socket.h.
-SO_PEERGROUPS = 59
 SO_PEERPIDFD = 77
-_UCRED = struct.Struct("=iII")
-#: socket.getsockopt takes no larger buffer: 256 groups.
-_GROUPS_BYTES = 1024
 _PAGEMAP_LINK = re.compile(r"/proc/(\d+)/(?:task/\d+/)?pagemap")
 
 
@@ -40,30 +35,14 @@ class MapsEntry:
     inode: int
 
 
-def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
-    """Return (pid, uid, gid) of the process that connected a Unix socket, as the kernel vouches for them."""
-    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    pid, uid, gid = _UCRED.unpack(raw)
-    return pid, uid, gid
-
-
-def peer_groups(sock: socket.socket) -> frozenset[int]:
-    """Return the supplementary groups of the process that connected a Unix socket (KernelError beyond 256)."""
-    try:
-        raw = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, _GROUPS_BYTES)
-    except OSError as error:
-        raise KernelError("SO_PEERGROUPS", error.errno or 0) from error
-    return frozenset(struct.unpack(f"={len(raw) // 4}I", raw))
-
-
-def peer_pidfd(sock: socket.socket) -> int:
+def peer_pidfd(sock: socket.socket, pid: int) -> int:
     """Return a pidfd of the process that connected a Unix socket; without a pid race where the kernel can (6.5)."""
     try:
         return sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
     except OSError as error:
         if error.errno not in (errno.ENOPROTOOPT, errno.ENODATA):
             raise KernelError("SO_PEERPIDFD", error.errno or 0) from error
-    return open_pidfd(peer_credentials(sock)[0])
+    return open_pidfd(pid)
 
 
 def open_pidfd(pid: int) -> int:

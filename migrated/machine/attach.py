@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import grp
-import os
 import socket
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import structlog
 
@@ -25,6 +23,7 @@ from migrated.machine.machine import Machine
 from migrated.machine.workload import SEND_TIMEOUT_S, Workload, close_all
 from migrated.model.runstate import RunState
 from migrated.transport.fd_socket import FdSocket, UnixServer, serve_unix
+from migrated.transport.local_peer import AccessRule, local_peer
 from migrated.transport.readiness import Readiness
 from migrated.wire import attach
 
@@ -51,20 +50,20 @@ class AttachServer:
         *,
         mode: int = 0o660,
         group: str | None = None,
-        allowed_uids: Collection[int] = (),
         hello_timeout_s: float = HELLO_TIMEOUT_S,
     ) -> None:
         self._machine = machine
         self._path = path
         self._mode = mode
         self._group = group
-        self._uids = {0, os.geteuid(), *allowed_uids}
+        self._access = AccessRule(frozenset())
         self._hello_timeout_s = hello_timeout_s
         self._server: UnixServer | None = None
         self._log = structlog.get_logger().bind(machine=machine.name)
 
     async def start(self) -> None:
         """Listen. Raises ChannelError."""
+        self._access = AccessRule.of(self._group)
         self._server = await serve_unix(
             self._path, socket.SOCK_SEQPACKET, self._mode, self._group, self._serve, log=self._log
         )
@@ -106,7 +105,7 @@ class AttachServer:
             facts = initial_facts(hello.state, self._machine)
             pagemap, tracking, sync = named
             workload = Workload(
-                connection, hello, pid=pid, pidfd=process.peer_pidfd(connection.sock),
+                connection, hello, pid=pid, pidfd=process.peer_pidfd(connection.sock, pid),
                 pagemap=pagemap, tracking=tracking, sync=sync,
             )  # fmt: skip
             fds = []
@@ -116,17 +115,12 @@ class AttachServer:
         return workload
 
     def _check_credentials(self, sock: socket.socket) -> int:
-        pid, uid, gid = process.peer_credentials(sock)
-        if pid <= 0:
+        peer = local_peer(sock)
+        if peer.pid <= 0:
             raise ClaimRefused("your process is not visible here (another pid namespace)")
-        if uid in self._uids:
-            return pid
-        if self._group is not None:
-            wanted = grp.getgrnam(self._group).gr_gid
-            if wanted == gid or wanted in process.peer_groups(sock):
-                return pid
-        allowed = f"uid {', '.join(map(str, sorted(self._uids)))}" + (f" or group {self._group}" if self._group else "")
-        raise ClaimRefused("you may not attach to this machine", expected=allowed, found=f"uid {uid}")
+        if self._access.access(peer) is None:
+            raise ClaimRefused("you may not attach to this machine", expected=str(self._access), found=str(peer))
+        return peer.pid
 
     async def _refuse(self, connection: FdSocket, why: str, *, again: bool) -> None:
         self._log.warning("workload_refused", reason=why)

@@ -73,11 +73,12 @@ def test_it_runs_while_its_memory_arrives(make_pager: MakePager, processes: int,
 
 
 def test_after_a_pass_only_what_was_written_since_comes_late(make_pager: MakePager) -> None:
-    a, b = start_pair(make_pager, ram_bytes=RAM_BYTES, rate=2000)
+    # Written faster than it is sent: whenever the switch comes, something is left for later.
+    a, b = start_pair(make_pager, ram_bytes=RAM_BYTES, rate=20_000)
     switch_on(a, b)
-    a.qmp.execute("migrate-set-parameters", {"downtime-limit": 0, "max-bandwidth": 64 * MIB})
+    a.qmp.execute("migrate-set-parameters", {"downtime-limit": 0, "max-bandwidth": 32 * MIB})
     a.qmp.execute("migrate", {"uri": b.address})
-    wait_until(lambda: len(a.qmp.execute("query-migrate").get("x-migrated-passes", [])) >= 2, "a pass")
+    wait_until(lambda: a.qmp.execute("query-migrate").get("x-migrated-passes"), "a pass")
     a.qmp.execute("migrate-start-postcopy")
     ram = wait_status(a, {"completed"})["ram"]
     assert_moved(a, b)

@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -60,9 +60,9 @@ class Site:
         )
         self.server: AttachServer | None = None
 
-    async def open(self, group: str | None = None, allowed_uids: Collection[int] = (), mode: int = 0o660) -> None:
+    async def open(self, group: str | None = None, mode: int = 0o660) -> None:
         """Listen."""
-        self.server = AttachServer(self.machine, self.path, mode=mode, group=group, allowed_uids=allowed_uids)
+        self.server = AttachServer(self.machine, self.path, mode=mode, group=group)
         await self.server.start()
 
     async def __aenter__(self) -> Self:

@@ -54,7 +54,8 @@ def test_everything_can_be_said(tmp_path: Path) -> None:
         state = "/s"
         [control]
         socket = "/c.sock"
-        mode = "0600"
+        mode = "0666"
+        read-only-group = "watch"
         group = "ops"
         [attach]
         mode = "666"
@@ -83,7 +84,8 @@ def test_everything_can_be_said(tmp_path: Path) -> None:
         """,
     )
     assert (config.machine.name, config.machine.type) == ("db-1", "pc")
-    assert (config.control_socket, config.control.mode, config.control.group) == ("/c.sock", 0o600, "ops")
+    assert (config.control_socket, config.control.mode, config.control.group) == ("/c.sock", 0o666, "ops")
+    assert config.control.read_only_group == "watch"
     assert (config.attach_socket, config.attach.mode) == ("/r/attach.sock", 0o666)
     assert config.migration.allow == ["10.0.0.7", "fd00::/8"]
     assert config.parameters().get("downtime-limit") == 50
@@ -107,6 +109,7 @@ def test_everything_can_be_said(tmp_path: Path) -> None:
         ("machine = 3", "machine", "expected table, got int"),
         ("[machine]\nname = 3", "machine.name", "expected str, got int"),
         ("[control]\nmode = 432", "control.mode", 'expected permissions as an octal string such as "0660"'),
+        ("[control]\nread-only-group = 'adm'", "control.mode", 'expected mode = "0666"'),
         ("[control]\nmode = '0999'", "control.mode", "expected permissions as an octal string"),
         ("[migration]\nallow = ['::1', 3]", "migration.allow[1]", "expected str, got int"),
         ("[migration]\nparameters = 3", "migration.parameters", "expected table, got int"),

@@ -35,20 +35,13 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
         found.kill()
 
 
-def test_credentials_of_a_peer() -> None:
+def test_a_handle_of_a_peer() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        assert process.peer_credentials(ours) == (os.getpid(), os.getuid(), os.getgid())
-        assert process.peer_groups(ours) == frozenset(os.getgroups())
-        pidfd = process.peer_pidfd(ours)
+        pidfd = process.peer_pidfd(ours, os.getpid())
         assert not process.has_exited(pidfd)
         assert not os.get_inheritable(pidfd)
         os.close(pidfd)
-
-
-def test_what_is_no_unix_socket_has_no_peer() -> None:
-    with socket.socket(socket.AF_INET) as sock, pytest.raises(KernelError, match="SO_PEERGROUPS"):
-        process.peer_groups(sock)
 
 
 def test_a_process_is_stopped_when_each_of_its_threads_is(child: subprocess.Popen[bytes]) -> None:
