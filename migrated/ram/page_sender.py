@@ -3,8 +3,9 @@
 The rule of the file: whoever calls has taken the pages off the bitmap already; a page that changes while it is read is
 somebody else's worry (precopy: it is dirty again; postcopy: nothing changes any more).
 
-Pages in long runs are read by ``preadv`` straight into their records (no fault, no page tables, the GIL is free);
-scattered ones are gathered from the daemon's mapping. Pages that are zero become records of nine bytes.
+Pages in long runs are read by ``preadv`` straight into their records (no fault, no page tables, the GIL is free), and
+those straight into the buffer of a channel that has room for them; scattered ones are gathered from the daemon's
+mapping. Pages that are zero become records of nine bytes.
 """
 
 from __future__ import annotations
@@ -56,22 +57,40 @@ class PageSender:
         """Read pages and send them."""
         offsets = self._encoder.body_offsets(block.name, len(pages))
         self._read(block, pages, offsets)
-        await self._send_read(f, block, pages, offsets)
+        await self._send_read(f, block, pages, self._chunk, offsets)
 
     async def send_run(self, f: OutgoingStream, block: RamBlockPort, first: int, count: int) -> None:
         """Read ``count`` pages that follow each other, and send them."""
-        offsets = self._encoder.body_offsets(block.name, count)
-        self._read_run(block, first, offsets, self._rows_of(offsets)[:count])
-        await self._send_read(f, block, np.arange(first, first + count), offsets)
+        end = first + count
+        while first < end:
+            chunk, some = await self._chunk_for(f, block, end - first)
+            offsets = self._encoder.body_offsets(block.name, some)
+            self._read_run(block, first, chunk, offsets, self._rows_of(chunk, offsets)[:some])
+            await self._send_read(f, block, np.arange(first, first + some), chunk, offsets)
+            first += some
+
+    async def _chunk_for(self, f: OutgoingStream, block: RamBlockPort, count: int) -> tuple[NDArray[np.uint8], int]:
+        """Return where records of up to ``count`` pages are made, and how many find room there."""
+        room = await f.room()
+        if room is None:
+            return self._chunk, count
+        if fitting := self._encoder.max_pages(len(room), block.name):
+            return np.frombuffer(room, np.uint8), min(count, fitting)
+        return self._chunk, 1  # this one lies across two buffers
 
     async def _send_read(
-        self, f: OutgoingStream, block: RamBlockPort, pages: NDArray[np.int64], offsets: range
+        self,
+        f: OutgoingStream,
+        block: RamBlockPort,
+        pages: NDArray[np.int64],
+        chunk: NDArray[np.uint8],
+        offsets: range,
     ) -> None:
-        zero = _zero_pages(self._chunk, offsets)
+        zero = _zero_pages(chunk, offsets)
         if len(zero):
-            await self._send_mixed(f, block, pages, offsets, zero)
+            await self._send_mixed(f, block, pages, chunk, offsets, zero)
         else:
-            await self._send_records(f, block, pages)
+            await self._send_records(f, block, pages, chunk)
 
     def one(self, block: RamBlockPort, page: int) -> bytes:
         """Return the record of one page that somebody waits for."""
@@ -86,6 +105,7 @@ class PageSender:
         f: OutgoingStream,
         block: RamBlockPort,
         pages: NDArray[np.int64],
+        chunk: NDArray[np.uint8],
         offsets: range,
         zero: NDArray[np.int64],
     ) -> None:
@@ -93,16 +113,21 @@ class PageSender:
         keep = np.ones(len(pages), bool)
         keep[zero] = False
         if keep.any():
-            target = bodies(self._chunk, offsets)
+            target = bodies(chunk, offsets)
             target[: len(pages) - len(zero)] = target[keep]
-            await self._send_records(f, block, pages[keep])
+            await self._send_records(f, block, pages[keep], chunk)
         self.put_zeros(f, block, pages[zero])
         await f.drain()
 
-    async def _send_records(self, f: OutgoingStream, block: RamBlockPort, pages: NDArray[np.int64]) -> None:
-        used = self._encoder.page_heads(block.name, pages, self._chunk)
+    async def _send_records(
+        self, f: OutgoingStream, block: RamBlockPort, pages: NDArray[np.int64], chunk: NDArray[np.uint8]
+    ) -> None:
+        used = self._encoder.page_heads(block.name, pages, chunk)
         self._stats.normal += len(pages)
-        await f.send(self._chunk[:used].data)
+        if chunk is self._chunk:
+            await f.send(chunk[:used].data)
+        else:
+            await f.fill(used)
 
     def _read(self, block: RamBlockPort, pages: NDArray[np.int64], offsets: range) -> None:
         """Copy pages to where their records have them."""
@@ -110,18 +135,22 @@ class PageSender:
         if breaks and len(pages) < LONG_RUN_PAGES * (len(breaks) + 1):
             bodies(self._chunk, offsets)[:] = block.pages[pages]
             return
-        rows = self._rows_of(offsets)
+        rows = self._rows_of(self._chunk, offsets)
         for start, end in zip([0, *breaks], [*breaks, len(pages)], strict=True):
-            self._read_run(block, int(pages[start]), offsets[start:end], rows[start:end])
+            self._read_run(block, int(pages[start]), self._chunk, offsets[start:end], rows[start:end])
 
-    def _read_run(self, block: RamBlockPort, first: int, offsets: range, rows: list[memoryview]) -> None:
+    def _read_run(
+        self, block: RamBlockPort, first: int, chunk: NDArray[np.uint8], offsets: range, rows: list[memoryview]
+    ) -> None:
         if os.preadv(block.memfd, rows, first * PAGE) != len(rows) * PAGE:
-            bodies(self._chunk, offsets)[:] = block.pages[first : first + len(rows)]
+            bodies(chunk, offsets)[:] = block.pages[first : first + len(rows)]
 
-    def _rows_of(self, offsets: range) -> list[memoryview]:
-        """Return the bodies of the chunk as buffers; they move only when a record has to name its block."""
+    def _rows_of(self, chunk: NDArray[np.uint8], offsets: range) -> list[memoryview]:
+        """Return the bodies of a chunk as buffers; those of our own move only when a record has to name its block."""
+        view = chunk.data
+        if chunk is not self._chunk:
+            return [view[at : at + PAGE] for at in offsets]
         if self._rows_at.start != offsets.start or len(self._rows) < len(offsets):
-            view = self._chunk.data
             self._rows_at, self._rows = offsets, [view[at : at + PAGE] for at in offsets]
         return self._rows
 

@@ -14,7 +14,7 @@ from typing import Any
 from migrated.errors import LocalProtocolError
 from migrated.model.stats import BandwidthMeter
 from migrated.stream.checksum import CHECKSUM_BYTES, Checksum
-from migrated.transport.channel import Channel, SocketChannel
+from migrated.transport.channel import Channel, LendsRoom, SocketChannel
 from migrated.wire.command import Command, encode_command
 from migrated.wire.primitives import encode_counted_string
 from migrated.wire.section import (
@@ -116,6 +116,19 @@ class OutgoingStream:
             await self._channel.send(view)
         finally:
             self._sending = False
+
+    async def room(self) -> memoryview | None:
+        """Send what was put; return where the next bytes may be put instead of being sent, if there is such a place."""
+        await self.drain()
+        if self._checksum is None and isinstance(self._channel, LendsRoom):
+            return self._channel.room()
+        return None
+
+    async def fill(self, count: int) -> None:
+        """Send ``count`` bytes that were put into `room`."""
+        self._account(count)
+        assert isinstance(self._channel, LendsRoom)
+        await self._channel.fill(count)
 
     def _account(self, count: int) -> None:
         self._flushed += count

@@ -94,6 +94,19 @@ class Channel(Protocol):
 
 
 @runtime_checkable
+class LendsRoom(Protocol):
+    """A Channel that collects what it is given: bytes may be put where it would copy them to."""
+
+    def room(self) -> memoryview:
+        """Return where the next bytes belong; at least one fits."""
+        ...
+
+    async def fill(self, count: int) -> None:
+        """Take ``count`` bytes that were put into `room`, which is another one from here on. Raises ChannelClosed."""
+        ...
+
+
+@runtime_checkable
 class ReadsAhead(Protocol):
     """A Channel out of a file, of which a thread may read more while what came before is used."""
 

@@ -78,14 +78,23 @@ class ChunkWriter:
             return  # a device without state
         rest = memoryview(data).cast("B")
         while rest:
-            count = min(len(rest), WRITE_BYTES - self._filled)
+            room = self.room()
+            count = min(len(rest), len(room))
             # With the GIL, for a tenth of a millisecond: letting it go to threads at work costs several times as much.
-            self._free[-1].buffer.data[self._filled : self._filled + count] = rest[:count]
-            self._filled += count
-            self.bytes_sent += count
+            room[:count] = rest[:count]
             rest = rest[count:]
-            if self._filled == WRITE_BYTES:
-                await self._hand_over()
+            await self.fill(count)
+
+    def room(self) -> memoryview:
+        """Return the rest of the buffer that is being filled."""
+        return self._free[-1].buffer.data[self._filled :]
+
+    async def fill(self, count: int) -> None:
+        """Take ``count`` bytes that lie in `room`. Raises ChannelClosed when the disk does not take them."""
+        self._filled += count
+        self.bytes_sent += count
+        if self._filled == WRITE_BYTES:
+            await self._hand_over()
 
     async def finish(self) -> None:
         """Write what is left; the bytes would survive a crash when this returns (their name, if its owner sees to it).
