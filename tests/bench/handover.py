@@ -1,14 +1,17 @@
 """What certainty costs: the hand-over by a commit in downtime, and the checksums in throughput.
 
-The rule of the file: the downtime is what the source's own ledger says of an idle machine; beside it, what one record
-on the same disk takes, of which a hand-over writes three in a row.
+The rule of the file: the downtime is what the source's own ledger says of an idle machine. What the commit adds to it
+is told by a destination that does not say that it knows commits, so that the last byte decides; beside it, what one
+record on the same disk takes, of which a hand-over writes three in a row, and one without a commit two.
 """
 
 from __future__ import annotations
 
 import asyncio
 import statistics
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,15 @@ SMALL_BYTES = 64 * MIB
 BULK_BYTES = 2 * GIB
 #: Behind the last device: the destination checks and writes, the source writes, the destination writes and runs.
 PARTS = ("ready", "record", "answer")
+#: A daemon like any other, but for what it says of itself.
+WITHOUT_COMMIT = """
+from migrated.daemon.app import main
+from migrated.migration import return_path
+from migrated.wire.command import FEATURE_HANDOVER
+return_path.FEATURES &= ~FEATURE_HANDOVER
+main()
+"""
+OLD = [sys.executable, "-c", WITHOUT_COMMIT]
 WRITES = 50
 
 
@@ -31,22 +43,26 @@ def run(bench: Bench) -> list[Figure]:
 
 
 def _handover(bench: Bench) -> Figure:
-    how = "parts of the downtime of an idle machine of 64 MiB: " + " + ".join(PARTS)
-    figure = Figure("handover", "offer to active, behind the last device", "ms", how, Target("<=", 5.0))
+    how = "downtime of an idle machine of 64 MiB behind its last device (" + " + ".join(PARTS) + "), with - without"
+    figure = Figure("handover", "added to the downtime by the commit", "ms", how, Target("<=", 5.0))
     with random_file(bench.memory, SMALL_BYTES) as content:
-        for result in bench.rounds("handover", {"migrated": lambda: _parts(bench, content)}):
-            parts = result["migrated"]
-            figure.ours.append(sum(parts[part] for part in PARTS))
+        competitors = {"commit": lambda: _parts(bench, content, []), "last byte": lambda: _parts(bench, content, OLD)}
+        for result in bench.rounds("handover", competitors):
+            parts, without = result["commit"], result["last byte"]
+            sums = {name: sum(one.get(part, 0.0) for part in PARTS) for name, one in result.items()}
+            figure.ours.append(sums["commit"] - sums["last byte"])
             for part in PARTS:
                 figure.details.setdefault(f"{part}_ms", []).append(parts[part])
+            for part in ("record", "answer"):
+                figure.details.setdefault(f"without_{part}_ms", []).append(without[part])
     figure.details["one_record_ms"] = asyncio.run(_record_ms(bench.directory))
     return figure
 
 
-def _parts(bench: Bench, content: Path) -> dict[str, float]:
+def _parts(bench: Bench, content: Path, program: Sequence[str]) -> dict[str, float]:
     with (
         site(bench.directory, "source", SMALL_BYTES, ["--content", content]) as source,
-        site(bench.directory, "target", SMALL_BYTES, incoming=True) as target,
+        site(bench.directory, "target", SMALL_BYTES, incoming=True, program=program) as target,
     ):
         parts: dict[str, float] = migrate(source, target)["x-migrated-downtime"]
         return parts

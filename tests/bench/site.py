@@ -46,8 +46,12 @@ def site(
     *,
     incoming: bool = False,
     config: str = "",
+    program: Sequence[str] = (),
 ) -> Iterator[Site]:
-    """Run a daemon and a workload inside the block; the workload has filled its memory and is ready."""
+    """Run a daemon and a workload inside the block; the workload has filled its memory and is ready.
+
+    ``program`` takes the place of the daemon's.
+    """
     home = directory / f"{name}-{time.monotonic_ns()}"
     home.mkdir()
     log = home / "log"
@@ -55,7 +59,9 @@ def site(
     wait = '[migration]\nincoming = "tcp:127.0.0.1:0"\n' if incoming else ""
     toml.write_text(f'[paths]\nruntime = "{home}/run"\nstate = "{home}/state"\n{wait}{config}\n')
     with (
-        running(module("migrated", "--config", toml), log=log) as daemon,
+        running(
+            [*program, "--config", str(toml)] if program else module("migrated", "--config", toml), log=log
+        ) as daemon,
         _connect(daemon, home / "run" / "qmp.sock", log) as qmp,
         running(
             module("tests.bench.workload", "--attach", home / "run" / "attach.sock", "--ram", ram_bytes, *workload),
