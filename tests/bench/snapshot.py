@@ -24,7 +24,7 @@ from tests.bench import qemu
 from tests.bench.case import Bench
 from tests.bench.figures import Figure, Target
 from tests.bench.host import GIB, MIB, random_file, warm
-from tests.bench.processes import BenchError
+from tests.bench.processes import DEADLINE_S, BenchError
 from tests.bench.site import site
 
 SIZE_BYTES = 2 * GIB
@@ -166,7 +166,10 @@ def _qemu(bench: Bench, disk: Path, content: Path) -> dict[str, float]:
 
 def _wait_loaded(target: QmpClient) -> None:
     info: dict[str, Any] = {}
+    deadline = time.monotonic() + DEADLINE_S
     while info.get("status") != "completed":
+        if time.monotonic() > deadline:
+            raise BenchError(f"QEMU has not loaded what it saved: {info}")
         info = target.execute("query-migrate")
         if info.get("status") == "failed":
             raise BenchError("QEMU does not load what it saved")
