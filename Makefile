@@ -2,7 +2,7 @@
 # Python ones into .venv, Debian ones with apt-get where this runs as root.
 #
 #   make demo     move a running process between two daemons on this machine, there and back
-#   make test     the test suite                      make test ARGS="-k qmp -x"
+#   make test     the test suite, on all processors   make test ARGS="-k qmp -x"
 #   make bench    side-by-side figures, as JSON and as a table
 #   make nemesis  faults at random phases, and a checker behind each: make nemesis ROUNDS=300 SEED=7
 #   make lint     the checks of the sources only
@@ -41,7 +41,7 @@ demo: venv
 	$(BIN)/migratectl demo $(ARGS)
 
 test: venv tools
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile $(ARGS)
 
 bench: venv tools
 	$(BIN)/python -m tests.bench $(ARGS)

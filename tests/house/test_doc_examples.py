@@ -20,7 +20,7 @@ from migrated.model.parameters import CAPABILITIES, PARAMETERS
 from migrated.savevm.handlers import SaveVMHandlers
 from migrated.wire.command import Command
 from migrated.wire.return_path import Message
-from tests.house.repository import ROOT, run
+from tests.house.repository import ROOT
 from tests.support.dissect import dissect
 from tests.support.documented import EXAMPLES, Host, Lines
 from tests.support.following import wait_until
@@ -126,11 +126,6 @@ def test_the_guide_shows_the_examples_as_they_are() -> None:
         text = (DOCS / guide).read_text()
         for example in examples:
             assert f"```python\n{(EXAMPLES / example).read_text()}```" in text, example
-
-
-@pytest.mark.limit(300)
-def test_the_examples_are_typed() -> None:
-    run(sys.executable, "-m", "mypy", "--strict", *(str(path) for path in sorted(EXAMPLES.glob("*.py"))))
 
 
 def test_the_counter_is_as_short_as_promised() -> None:

@@ -15,6 +15,7 @@ import pytest
 from migrated.control.commands import COMMANDS
 from migrated.control.server import ControlServer
 from tests.support.fake_services import FakeDaemon
+from tests.support.open_paths import let_others_in
 
 OPERATORS, WATCHERS, NOBODY = 1, 2, 65534
 AS_NOBODY = """
@@ -40,8 +41,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user
 
 
 async def ask_as_nobody(tmp_path: Path, groups: list[int], commands: list[str]) -> Any:
-    for directory in (tmp_path, *list(tmp_path.parents)[:2]):
-        directory.chmod(0o755)
+    let_others_in(tmp_path)
     daemon = FakeDaemon()
     operators, watchers = (grp.getgrgid(gid).gr_name for gid in (OPERATORS, WATCHERS))
     path = str(tmp_path / "qmp.sock")

@@ -20,6 +20,7 @@ from migrated.machine.declarations import MAX_BLOCKS, MAX_DEVICES
 from migrated.model.runstate import RunState
 from migrated.wire.attach import MAX_MESSAGE_BYTES
 from tests.support.attached import RawClient, Site, raw_client, workload
+from tests.support.open_paths import let_others_in
 
 SIZE = 16 * PAGE_SIZE
 
@@ -142,8 +143,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user
 async def test_peer_credentials_decide(
     tmp_path: Path, options: dict[str, Any], gid: int, groups: list[int], let_in: bool
 ) -> None:
-    for directory in (tmp_path, *list(tmp_path.parents)[:2]):
-        directory.chmod(0o755)
+    let_others_in(tmp_path)
     site = Site(tmp_path)
     await site.open(mode=0o666, **options)
     try:
@@ -162,8 +162,7 @@ async def test_peer_credentials_decide(
 
 @needs_root
 async def test_a_socket_that_may_not_be_opened_is_refused_at_once(tmp_path: Path) -> None:
-    for directory in (tmp_path, *list(tmp_path.parents)[:2]):
-        directory.chmod(0o755)
+    let_others_in(tmp_path)
     patient = AS_NOBODY.replace("timeout_s=0", "timeout_s=3600")
     async with Site(tmp_path) as site, workload(site, patient, "[65534, []]", prelude=PRELUDE) as process:
         found = await process.said()
