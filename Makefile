@@ -22,6 +22,10 @@ TOOLS := qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils gcc:gcc ip:iprou
 # Tools of the system administrator are not in everybody's PATH.
 export PATH := $(PATH):/usr/sbin:/sbin
 
+# Whatever the environment says: a daemon that compiles all its modules takes twice as long to start, and the tests
+# start hundreds of them.
+override export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help venv demo test bench nemesis lint clean tools
 
 help:
