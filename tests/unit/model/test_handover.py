@@ -295,7 +295,7 @@ class TwoHosts(RuleBasedStateMachine):
         return running == 1 and all(not host.todo and host.hold is not Hold.RELEASED for host in self.hosts)
 
 
-TestTwoHosts = TwoHosts.TestCase
+TestTwoHosts = pytest.mark.limit(300)(TwoHosts.TestCase)
 TestTwoHosts.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
 
 
