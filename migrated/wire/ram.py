@@ -1,14 +1,15 @@
 """The body of the "ram" section as it is read: block list, zero and page records, in runs. Written: `wire.ram_encoder`.
 
 The rule of the file: runs are made and read by numpy on strided views; Python touches a record alone only where the
-stream has a single one (a block name, a change of kind). A record is be64 (byte offset | flags), a counted block name
-unless CONTINUE is set, and its body; CONTINUE means the block of the last page record *of the connection*.
+stream has a single one (a block name, a change of kind, a delta). A record is be64 (byte offset | flags), a counted
+block name unless CONTINUE is set, and its body; CONTINUE means the block of the last page record *of the connection*.
 
 Source of the format: QEMU 7.2, "ram" version 4; error texts are QEMU's where QEMU has one.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntFlag
@@ -55,8 +56,12 @@ WORD_BYTES = 8
 PAGE_STRIDE = WORD_BYTES + PAGE
 ZERO_STRIDE = WORD_BYTES + 1
 
-#: The longest record there is: a page with a name of 255 bytes. A parser's buffer holds at least that.
-RECORD_MAX_BYTES = WORD_BYTES + 1 + 255 + PAGE
+#: In front of a delta: how it is encoded, and its length.
+DELTA_HEAD = struct.Struct(">BH")
+DELTA_ENCODING = 1
+
+#: The longest record there is: a delta as long as a page, with a name of 255 bytes. A parser's buffer holds that.
+RECORD_MAX_BYTES = WORD_BYTES + 1 + 255 + DELTA_HEAD.size + PAGE
 #: A QEMU guest with very many devices has a few dozen blocks.
 BLOCKS_MAX = 4096
 #: How many events one call of `parse` makes at most: a stream that changes kind with each record must not keep the
@@ -95,12 +100,21 @@ class ZeroRun:
     fill: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PageDelta:
+    """What is new in a page since it last came (`wire.xbzrle`); it lies in the buffer that was parsed."""
+
+    block: str
+    page: int
+    delta: memoryview = field(repr=False)
+
+
 @dataclass(frozen=True, slots=True)
 class EndOfSection:
     """The body of this section ends here."""
 
 
-RamEvent = BlockList | PageRun | ZeroRun | EndOfSection
+RamEvent = BlockList | PageRun | ZeroRun | PageDelta | EndOfSection
 
 
 # -- parsing ---------------------------------------------------------------------------------------------------
@@ -188,6 +202,8 @@ class RamParser:
                 self._listed = True
                 self._list = _BlockListParser(word - flags)
                 return None, at + WORD_BYTES
+            case Flag.XBZRLE:
+                return self._delta(buf, at, word)
             case Flag.COMPRESS_PAGE:
                 raise _refusal("Received an unexpected compressed page")
             case _:
@@ -220,6 +236,21 @@ class RamParser:
             return ZeroRun(block, pages, buf[at + WORD_BYTES]), at + len(words) * ZERO_STRIDE
         record = self._single(buf, at, word, 1)
         return ZeroRun(record.block, np.array([record.page]), buf[record.body]), record.body + 1
+
+    def _delta(self, buf: memoryview, at: int, word: int) -> tuple[RamEvent, int]:
+        record = self._single(buf, at, word, DELTA_HEAD.size)
+        encoding, length = DELTA_HEAD.unpack_from(buf, record.body)
+        if encoding != DELTA_ENCODING:
+            expected = f"encoding {DELTA_ENCODING}"
+            raise _refusal("Failed to load XBZRLE page - wrong compression!", expected=expected, found=str(encoding))
+        if length > PAGE:
+            raise _refusal(
+                "Failed to load XBZRLE page - len overflow!", expected=f"at most {PAGE} bytes", found=str(length)
+            )
+        body = record.body + DELTA_HEAD.size
+        if len(buf) < body + length:
+            raise _ShortBufferError
+        return PageDelta(record.block, record.page, buf[body : body + length]), body + length
 
     def _single(self, buf: memoryview, at: int, word: int, body_bytes: int) -> PageRecord:
         """Parse the head of one record, with a name or without, and remember its block."""

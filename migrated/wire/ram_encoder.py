@@ -13,6 +13,8 @@ import numpy as np
 from migrated.errors import LocalProtocolError
 from migrated.wire.primitives import encode_be64, encode_counted_string
 from migrated.wire.ram import (
+    DELTA_ENCODING,
+    DELTA_HEAD,
     EOS,
     NEXT_PAGE,
     NEXT_ZERO,
@@ -67,6 +69,13 @@ class RamEncoder:
         if not name:
             return records.tobytes()
         return encode_be64(int(pages[0]) << PAGE_SHIFT | Flag.ZERO) + name + bytes(1) + records[1:].tobytes()
+
+    def delta(self, block: str, page: int, delta: bytes) -> bytes:
+        """Return the record of a page that is known but for ``delta`` (`wire.xbzrle`)."""
+        name = self._name(block)
+        self._block = block
+        word = page << PAGE_SHIFT | Flag.XBZRLE | (0 if name else Flag.CONTINUE)
+        return b"".join((encode_be64(word), name, DELTA_HEAD.pack(DELTA_ENCODING, len(delta)), delta))
 
     def page(self, block: str, page: int, content: bytes) -> bytes:
         """Return the record of one page: what a run of one would be, several times as fast."""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from migrated.errors import RemoteProtocolError
 from migrated.wire import ram
-from migrated.wire.ram import EOS, PAGE, BlockList, EndOfSection, Flag, PageRun, RamEvent, RamParser, ZeroRun
+from migrated.wire.ram import EOS, PAGE, BlockList, EndOfSection, Flag, PageDelta, PageRun, RamEvent, RamParser, ZeroRun
 from migrated.wire.ram_encoder import RamEncoder
 from tests.support.ram_records import page_run
 from tests.unit.wire.captures import CONTENT, PAGES, STREAM
@@ -21,8 +21,8 @@ from tests.unit.wire.cuts import CUTS, cut, single_bytes
 
 BLOCKS = {"ram": 64 * PAGE, "rom": 4 * PAGE}
 
-#: What one record says: block list, (block, page, content or fill byte), or the end.
-Said = BlockList | tuple[str, int, bytes | int] | EndOfSection
+#: What one record says: block list, (block, page, content or fill byte), (block, page, "delta", bytes), or the end.
+Said = BlockList | tuple[str, int, bytes | int] | tuple[str, int, str, bytes] | EndOfSection
 
 
 def word(page: int, flags: int) -> bytes:
@@ -43,6 +43,13 @@ def full(page: int, content: int, block: str | None = None) -> bytes:
     return head + bytes([content]) * PAGE
 
 
+def delta(
+    page: int, content: bytes, block: str | None = None, *, encoding: int = 1, length: int | None = None
+) -> bytes:
+    head = word(page, Flag.XBZRLE | Flag.CONTINUE) if block is None else word(page, Flag.XBZRLE) + name(block)
+    return head + struct.pack(">BH", encoding, len(content) if length is None else length) + content
+
+
 def said(event: RamEvent) -> list[Said]:
     """Take an event apart into what each record said; copies, because events only borrow the buffer."""
     match event:
@@ -53,6 +60,8 @@ def said(event: RamEvent) -> list[Said]:
         case ZeroRun(block, pages, fill):
             assert pages.dtype == np.int64
             return [(block, page, fill) for page in pages.tolist()]
+        case PageDelta(block, page, content):
+            return [(block, page, "delta", bytes(content))]
         case _:
             return [event]
 
@@ -289,6 +298,19 @@ def test_block_list_refusals(raw: bytes, text: str) -> None:
     assert refusal(raw) == text
 
 
+def test_deltas() -> None:
+    stream = delta(3, b"\5\1\xbb", "ram") + delta(4, b"") + full(5, 7) + delta(6, bytes(PAGE)) + EOS
+    told: list[Said] = [("ram", 3, "delta", b"\5\1\xbb"), ("ram", 4, "delta", b""), ("ram", 5, bytes([7]) * PAGE)]
+    whole = [*told, ("ram", 6, "delta", bytes(PAGE)), EndOfSection()]
+    assert parse([stream]) == parse(single_bytes(stream)) == whole
+
+
+def test_a_delta_as_qemu_has_it() -> None:
+    encoder = RamEncoder()
+    assert encoder.delta("ram", 3, b"\5\1\xbb") == bytes.fromhex("0000000000003040 03 72616d 01 0003 0501bb")
+    assert encoder.delta("ram", 4, b"\0\1\xbb") == bytes.fromhex("0000000000004060 01 0003 0001bb")
+
+
 # -- records that are refused ----------------------------------------------------------------------------------
 
 
@@ -301,7 +323,11 @@ def test_block_list_refusals(raw: bytes, text: str) -> None:
         (word(0, Flag.PAGE | Flag.ZERO), "Unknown combination of migration flags: 0xa"),
         (word(0, Flag.EOS | Flag.CONTINUE), "Unknown combination of migration flags: 0x30"),
         (word(1, Flag.EOS), "Unknown combination of migration flags: 0x10"),
-        (word(0, Flag.XBZRLE), "Unknown combination of migration flags: 0x40"),
+        (word(0, Flag.XBZRLE | Flag.ZERO), "Unknown combination of migration flags: 0x42"),
+        (delta(0, b"", "ram", encoding=2), "Failed to load XBZRLE page - wrong compression!"),
+        (delta(0, b"", "ram", length=PAGE + 1), "Failed to load XBZRLE page - len overflow!"),
+        (delta(0, b""), "Ack, bad migration stream!"),
+        (delta(64, b"", "ram"), "Illegal RAM offset 40000"),
         (word(0, Flag.HOOK), "Unknown combination of migration flags: 0x80"),
         (word(0, Flag.MULTIFD_FLUSH), "Unknown combination of migration flags: 0x200"),
         (word(0, Flag.PAGE | 0x400), "Unknown combination of migration flags: 0x408"),
