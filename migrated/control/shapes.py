@@ -171,6 +171,16 @@ class MigrationStats(Shape, frozen=True):
     dirty_sync_missed_zero_copy: int
 
 
+class XBZRLECacheStats(Shape, frozen=True):
+    cache_size: int
+    bytes: int
+    pages: int
+    cache_miss: int
+    cache_miss_rate: float
+    encoding_rate: float
+    overflow: int
+
+
 class SocketAddress(Shape, frozen=True):
     """Where an incoming migration is awaited; QEMU describes this as a union by type."""
 
@@ -250,6 +260,7 @@ class KeptSectionInfo(Shape, frozen=True):
 class MigrationInfo(Shape, frozen=True):
     status: MigrationStatus | UnsetType = UNSET
     ram: MigrationStats | UnsetType = UNSET
+    xbzrle_cache: XBZRLECacheStats | UnsetType = UNSET
     total_time: int | UnsetType = UNSET
     expected_downtime: int | UnsetType = UNSET
     downtime: int | UnsetType = UNSET

@@ -138,7 +138,15 @@ class Daemon:
             if outgoing.synced(newly_dirty) and settings.enabled("events"):
                 relay("MIGRATION_PASS", {"pass": outgoing.stats.dirty_sync_count})
 
-        save = RamSave(machine, lock, outgoing.stats, on_sync=synced, postcopy=lambda: settings.enabled("postcopy-ram"))
+        save = RamSave(
+            machine,
+            lock,
+            outgoing.stats,
+            on_sync=synced,
+            postcopy=lambda: settings.enabled("postcopy-ram"),
+            cache_bytes=settings.delta_cache_bytes,
+            deltas=outgoing.deltas,
+        )
         load = RamLoad(machine, incoming.stats, lambda: config.workload.attach_timeout)
         registry.register_savevm_live("ram", 0, RAM_VERSION, SaveVMHandlers.of(_Both(save, load)), machine)
         host = Host(

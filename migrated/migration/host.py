@@ -103,6 +103,10 @@ class Settings:
         self.capabilities = self.capabilities.replace(capabilities)
         self.parameters = self.parameters.replace(parameters)
 
+    def delta_cache_bytes(self) -> int:
+        """Return how much of what was sent is remembered, for deltas; 0 for nothing."""
+        return self.parameters.integer("xbzrle-cache-size") if self.enabled("xbzrle") else 0
+
     def silence_timeout_s(self) -> float:
         """Return how long a peer may be silent inside an element."""
         return self.seconds("x-migrated-silence-timeout")

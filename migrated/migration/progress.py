@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from migrated.model.convergence import Assessment, Facts, assess
 from migrated.model.faults import FaultSummary
-from migrated.model.stats import BandwidthMeter, DowntimeLedger, RamStats
+from migrated.model.stats import BandwidthMeter, DeltaStats, DowntimeLedger, RamStats
 
 #: QEMU trusts a bandwidth figure only after this much has been sent.
 TRUSTED_BYTES = 10_000
@@ -34,6 +34,7 @@ class Progress:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self.stats = RamStats()
+        self.deltas = DeltaStats()
         self.meter = BandwidthMeter()
         self.ledger = DowntimeLedger()
         self._kept = False
@@ -42,6 +43,7 @@ class Progress:
     def begin(self, at: float | None = None) -> None:
         """Forget the last migration; this one began ``at``, or now."""
         self.stats.reset()
+        self.deltas.reset()
         self.meter = BandwidthMeter()
         self.ledger = DowntimeLedger()
         self.passes: list[Pass] = []

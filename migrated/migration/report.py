@@ -71,6 +71,8 @@ def describe_outgoing(
     answer |= _own_members(progress)
     answer["x-migrated-migration-id"] = migration.migration_id
     answer["x-migrated-peer"] = {"address": migration.peer, "kind": migration.kind.value}
+    if progress.deltas.cache_size:
+        answer["xbzrle-cache"] = progress.deltas.as_dict()
     if progress.faults is not None:
         answer["x-migrated-faults"] = progress.faults.as_dict()
     if (eta_ms := progress.eta_ms()) is not None:

@@ -63,7 +63,7 @@ class Parameter:
 CAPABILITIES: Mapping[str, Capability] = {
     row.name: row
     for row in (
-        Capability("xbzrle"),
+        Capability("xbzrle", implemented=True),
         Capability("rdma-pin-all"),
         Capability("auto-converge", implemented=True),
         Capability("zero-blocks"),
@@ -154,8 +154,8 @@ PARAMETERS: Mapping[str, Parameter] = {
         Parameter("block-incremental", Kind.BOOL, default=False),
         Parameter("multifd-channels", Kind.UINT8, 2, "", 1, 255, _BYTE_COUNT),
         Parameter(
-            "xbzrle-cache-size", Kind.SIZE, 64 << 20, "bytes", 4096, 2**64 - 1,
-            "a power of two no less than the target page size", power_of_two=True,
+            "xbzrle-cache-size", Kind.SIZE, 64 << 20, "bytes", 4096, 2**63,
+            "a power of two no less than the target page size", power_of_two=True, implemented=True,
         ),
         _rate("max-postcopy-bandwidth", implemented=True),
         _percent("max-cpu-throttle", 99, expects="an integer in the range of cpu_throttle_initial to 99"),

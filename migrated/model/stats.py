@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 
 #: QEMU's BUFFER_DELAY: rate and bandwidth are settled ten times a second.
 WINDOW_MS = 100.0
+PAGE_BYTES = 4096
 
 
 @dataclass(slots=True)
@@ -27,7 +28,7 @@ class RamStats:
     mbps: float = 0.0
     dirty_sync_count: int = 0
     postcopy_requests: int = 0
-    page_size: int = 4096
+    page_size: int = PAGE_BYTES
     multifd_bytes: int = 0
     pages_per_second: int = 0
     precopy_bytes: int = 0
@@ -50,6 +51,45 @@ class RamStats:
         counted = {one.name.replace("_", "-"): getattr(self, one.name) for one in fields(self)}
         # skipped has been 0 in every QEMU for a decade, and 7.2 still has it.
         return {**counted, "skipped": 0, "normal-bytes": self.normal * self.page_size}
+
+
+@dataclass(slots=True)
+class DeltaStats:
+    """QEMU's XBZRLECacheStats: pages sent again as deltas. Sizes in bytes; the rates are those since the beginning."""
+
+    cache_size: int = 0
+    bytes: int = 0
+    """Of deltas."""
+    pages: int = 0
+    """Sent as deltas, or not at all, for nothing had changed."""
+    cache_miss: int = 0
+    overflow: int = 0
+    """Pages whose delta would have been longer."""
+    looked_up: int = 0
+
+    def reset(self) -> None:
+        """Begin again."""
+        for one in fields(self):
+            setattr(self, one.name, one.default)
+
+    def count(self, *, looked_up: int, known: int, overflow: int) -> None:
+        """Add pages that were looked up: how many of them were known, and how many of those changed too much."""
+        self.looked_up += looked_up
+        self.cache_miss += looked_up - known
+        self.pages += known - overflow
+        self.overflow += overflow
+
+    def as_dict(self) -> dict[str, int | float]:
+        """Return all members of XBZRLECacheStats under QEMU's names."""
+        return {
+            "cache-size": self.cache_size,
+            "bytes": self.bytes,
+            "pages": self.pages,
+            "cache-miss": self.cache_miss,
+            "cache-miss-rate": self.cache_miss / self.looked_up if self.looked_up else 0.0,
+            "encoding-rate": self.pages * PAGE_BYTES / self.bytes if self.bytes else 0.0,
+            "overflow": self.overflow,
+        }
 
 
 class BandwidthMeter:

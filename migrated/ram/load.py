@@ -35,7 +35,18 @@ from migrated.ram.fault_service import FaultService
 from migrated.ram.place import copy_pages
 from migrated.savevm.ports import MachinePort, RamBlockPort, TrackedMapping
 from migrated.stream.incoming import IncomingStream
-from migrated.wire.ram import PAGE, RAM_VERSION, BlockList, EndOfSection, PageRun, RamEvent, RamParser, ZeroRun
+from migrated.wire.ram import (
+    PAGE,
+    RAM_VERSION,
+    BlockList,
+    EndOfSection,
+    PageDelta,
+    PageRun,
+    RamEvent,
+    RamParser,
+    ZeroRun,
+)
+from migrated.wire.xbzrle import apply_delta
 
 #: Below this mean length, single pages are stored through the mapping instead of one pwritev per run.
 SHORT_RUN_PAGES = 8
@@ -252,6 +263,8 @@ class RamLoad:
                 await self._place_pages(event)
             case ZeroRun():
                 await self._place_zeros(event)
+            case PageDelta():
+                self._apply(event)
             case BlockList():
                 await self._accept_blocks(event)
             case EndOfSection():
@@ -290,6 +303,19 @@ class RamLoad:
                 write_rows(arrivals.block.memfd, run.data[start:end], int(pages[start]) * PAGE)
             arrivals.add_pages(pages)
         self._account(len(pages))
+
+    def _apply(self, event: PageDelta) -> None:
+        arrivals = self._arrivals[event.block]
+        if self._service is not None or not arrivals.has(event.page):
+            raise RemoteProtocolError(
+                f"an XBZRLE page for page {event.page} of block {event.block}",
+                section="ram",
+                expected="one for a page that has arrived, before postcopy",
+                found="one in postcopy" if self._service is not None else "one for a page that has not",
+            )
+        apply_delta(event.delta, arrivals.block.pages[event.page])
+        arrivals.add_page(event.page)
+        self._stats.transferred += len(event.delta)
 
     def _account(self, pages: int) -> None:
         self._stats.normal += pages

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrated.model.stats import RamStats
+from migrated.ram.deltas import Deltas
 from migrated.savevm.ports import RamBlockPort
 from migrated.stream.outgoing import OutgoingStream
 from migrated.wire.ram import PAGE
@@ -37,6 +38,8 @@ class PageSender:
         self._chunk = np.empty(chunk_bytes + HEAD_BYTES, np.uint8)
         self._rows_at = range(0)
         self._rows: list[memoryview] = []
+        self.deltas: Deltas | None = None
+        """Where what was sent before is remembered, if it is."""
         self.pages = chunk_bytes // PAGE
         """How many pages fit at least."""
 
@@ -51,6 +54,8 @@ class PageSender:
     def zeros(self, block: RamBlockPort, pages: NDArray[np.int64]) -> bytes:
         """Return records that say that pages are zero."""
         self._stats.duplicate += len(pages)
+        if self.deltas is not None:
+            self.deltas.forget(block.name, pages)
         return self._encoder.zero_run(block.name, pages)
 
     async def send(self, f: OutgoingStream, block: RamBlockPort, pages: NDArray[np.int64]) -> None:
@@ -90,7 +95,7 @@ class PageSender:
         if len(zero):
             await self._send_mixed(f, block, pages, chunk, offsets, zero)
         else:
-            await self._send_records(f, block, pages, chunk)
+            await self._send_data(f, block, pages, chunk, offsets)
 
     def one(self, block: RamBlockPort, page: int) -> bytes:
         """Return the record of one page that somebody waits for."""
@@ -115,8 +120,31 @@ class PageSender:
         if keep.any():
             target = bodies(chunk, offsets)
             target[: len(pages) - len(zero)] = target[keep]
-            await self._send_records(f, block, pages[keep], chunk)
+            await self._send_data(f, block, pages[keep], chunk, offsets[: len(pages) - len(zero)])
         self.put_zeros(f, block, pages[zero])
+        await f.drain()
+
+    async def _send_data(
+        self,
+        f: OutgoingStream,
+        block: RamBlockPort,
+        pages: NDArray[np.int64],
+        chunk: NDArray[np.uint8],
+        offsets: range,
+    ) -> None:
+        """Send pages that are not zero: whole, or what is new in them."""
+        if self.deltas is None:
+            await self._send_records(f, block, pages, chunk)
+            return
+        content = bodies(chunk, offsets)
+        whole, deltas = await self.deltas.split(block.name, pages, content)
+        if whole.any():
+            if not whole.all():
+                content[: whole.sum()] = content[whole]
+            await self._send_records(f, block, pages[whole], chunk)
+        records = [self._encoder.delta(block.name, page, delta) for page, delta in deltas]
+        self.deltas.sent(records)
+        f.put_buffer(b"".join(records))
         await f.drain()
 
     async def _send_records(

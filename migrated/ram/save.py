@@ -26,7 +26,8 @@ import numpy as np
 from migrated.errors import RemoteProtocolError, WorkloadError
 from migrated.kernel.memory import data_extents
 from migrated.model.bitmap import PageBitmap
-from migrated.model.stats import RamStats
+from migrated.model.stats import DeltaStats, RamStats
+from migrated.ram.deltas import Deltas
 from migrated.ram.dirty import DirtyLog, StrayWrite
 from migrated.ram.page_sender import PageSender
 from migrated.ram.page_server import PageServer
@@ -62,11 +63,16 @@ class RamSave:
         *,
         on_sync: Callable[[int], None],
         postcopy: Callable[[], bool] = lambda: False,
+        cache_bytes: Callable[[], int] = lambda: 0,
+        deltas: DeltaStats | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._everything = asyncio.Event()
         """Set while all that is left is to be sent, not only what is asked for."""
         self._postcopy_allowed = postcopy
+        self._cache_bytes = cache_bytes
+        """How much of what was sent is remembered, for deltas; 0 for none."""
+        self._delta_stats = deltas or DeltaStats()
         self._machine = machine
         self._lock = lock
         self._stats = stats
@@ -110,8 +116,17 @@ class RamSave:
         if self._unsent.wire_bytes < max(threshold_size, 1):
             async with self._lock:
                 await self._sync()
+            self._remember()
         pending = self._unsent.wire_bytes
         return Pending(compatible=pending) if self._postcopy_allowed() else Pending(precopy_only=pending)
+
+    def _remember(self) -> None:
+        """From the first pass's end on, send what is sent again as deltas; or do so no more."""
+        wanted, deltas = self._cache_bytes(), self._sender.deltas
+        if wanted != (deltas.cache_bytes if deltas is not None else 0):
+            self._sender.deltas = Deltas(self._unsent.blocks, wanted, self._delta_stats) if wanted else None
+        elif deltas is not None:
+            deltas.looked()
 
     async def has_postcopy(self, opaque: Any) -> bool:
         """Say whether what is left may follow the machine."""
@@ -147,6 +162,8 @@ class RamSave:
     async def save_live_complete_precopy(self, f: OutgoingStream, opaque: Any) -> None:
         """Send what the stopped machine left dirty, then prove that nobody writes any more."""
         await self._sync()
+        if self._sender.deltas is not None:
+            self._sender.deltas.keeps = False
         while await self._send_chunk(f):
             pass
         f.put_buffer(EOS)

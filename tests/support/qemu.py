@@ -29,7 +29,7 @@ ENDED = frozenset({"completed", "failed", "cancelled"})
 
 
 class Qemu:
-    """One ``-M none`` QEMU with one RAM block, `BLOCK`. ``ram`` is what the block holds at the start.
+    """One ``-M none`` QEMU with one RAM block. ``ram`` is what the block holds at the start.
 
     ``memory``: file (the only one that takes ``ram``) | memfd | anonymous | default (anonymous, and called "ram").
     """
@@ -44,6 +44,7 @@ class Qemu:
         incoming: str = "",
         stopped: bool = False,
         memory: str = "file",
+        block: str = BLOCK,
         arguments: Sequence[str] = (),
     ) -> None:
         self.name = name
@@ -59,6 +60,7 @@ class Qemu:
         self._incoming = incoming
         self._stopped = stopped
         self._memory = memory
+        self._block = block
         self._arguments = list(arguments)
 
     def __enter__(self) -> Self:
@@ -92,7 +94,7 @@ class Qemu:
             "memfd": "memory-backend-memfd,share=on",
             "anonymous": "memory-backend-ram",
         }[self._memory]
-        return ["-M", f"none,memory-backend={BLOCK}", "-object", f"{backend},id={BLOCK},size={self.size}"]
+        return ["-M", f"none,memory-backend={self._block}", "-object", f"{backend},id={self._block},size={self.size}"]
 
     def _connect(self) -> QmpClient | None:
         assert self.process.poll() is None, f"QEMU {self.name} ended at once: {self.said()}"

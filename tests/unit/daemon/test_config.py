@@ -145,9 +145,9 @@ def test_everything_can_be_said(tmp_path: Path) -> None:
             "expects an integer in the range of cpu_throttle_initial to 99",
         ),
         (
-            "[migration.capabilities]\nxbzrle = true",
-            "migration.capabilities.xbzrle",
-            "Capability 'xbzrle' is not implemented by this version of migrated",
+            "[migration.capabilities]\ncompress = true",
+            "migration.capabilities.compress",
+            "Capability 'compress' is not implemented by this version of migrated",
         ),
         # not even TOML
         ("a = [[[[", "", "is not TOML"),
