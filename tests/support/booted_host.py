@@ -70,7 +70,11 @@ class BootedHost:
                 timeout=DEADLINE_S,
             )  # fmt: skip
         self._forget()
-        return f"a container on an overlay of / cannot run here: {self.console()}" if done.returncode else ""
+        if done.returncode:
+            return f"a container on an overlay of / cannot run here: {self.console().strip()}"
+        cable = ["unshare", "--net", "ip", "link", "add", "one", "type", "veth", "peer", "name", "other"]
+        laid = subprocess.run(cable, capture_output=True, text=True, check=False, timeout=DEADLINE_S)
+        return f"no veth pair can be made here: {laid.stderr.strip()}" if laid.returncode else ""
 
     @contextmanager
     def booted(self) -> Iterator[None]:
@@ -86,14 +90,7 @@ class BootedHost:
                 self.leader = self.wait_for(lambda: self._first_process(nspawn), "a first process")
                 yield
             finally:
-                for pid in _children(nspawn.pid):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                # It ends by itself with its container, and takes its mounts with it.
-                try:
-                    nspawn.wait(DEADLINE_S)
-                except subprocess.TimeoutExpired:
-                    nspawn.kill()
+                _end(nspawn)
                 self._forget()
 
     def wait_until_booted(self) -> None:
@@ -164,6 +161,18 @@ def lay_cable(a: BootedHost, b: BootedHost, addresses: dict[str, str]) -> None:
     for host in (a, b):
         host.network("addr", "add", f"{addresses[host.name]}/24", "dev", "host0")
         host.network("link", "set", "host0", "up")
+
+
+def _end(nspawn: subprocess.Popen[bytes]) -> None:
+    """Kill the container's first process, and all others with it; then nspawn ends by itself, and so do the mounts."""
+    for patience_s in (DEADLINE_S / 2, 0):
+        for pid in _children(nspawn.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            nspawn.wait(patience_s)
+            return
+    nspawn.kill()
 
 
 def _children(pid: int) -> list[int]:

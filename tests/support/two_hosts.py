@@ -279,10 +279,12 @@ def _busy(a: Scene, b: Scene, package: Path, seen: dict[str, Any]) -> None:
     before = a.show()
     said = a.install(revise(package))
     removal = a.run("dpkg", "-r", "migrated", check=False)
+    arriving = b.run("/usr/lib/migrated/instances", "stop", check=False)
     seen["busy"] = {
         "before": before,
         "said": said,
         "removal": (removal.returncode, removal.stdout + removal.stderr),
+        "arriving": (arriving.returncode, arriving.stderr),
         "after": a.show(),
         "version": a.run("dpkg-query", "-W", "-f", "${Version}", "migrated").stdout,
         "status": a.ctl("status")["migration"]["status"],
