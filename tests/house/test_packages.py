@@ -13,6 +13,9 @@ import pytest
 
 from tests.house.repository import PACKAGE, ROOT, run, tracked_files
 
+#: Directories that a wheel brings as they are.
+SHARED = ("config", "systemd")
+
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, 'build_' + sys.argv[1])(sys.argv[2])"
 
 
@@ -53,10 +56,6 @@ def test_the_wheel_has_the_package_and_the_units(tree: Path, tmp_path: Path) -> 
         str(path.relative_to(ROOT)) for path in tracked_files() if path.relative_to(ROOT).parts[0] in SHARED
     }
     assert {name for name in packed if name.startswith("tests")} == set()
-
-
-#: Directories that a wheel brings as they are.
-SHARED = ("config", "systemd")
 
 
 @pytest.mark.parametrize("script", ["instances", "postinst", "prerm", "postrm"])

@@ -69,8 +69,9 @@ def test_three_commands_pair_two_hosts(seen: dict[str, Any]) -> None:
     assert to_a.startswith(f"{ADDRESSES['host-a']} and this host trust each other: it is 'host-a'")
 
 
-def test_copied_keys_are_the_daemons_to_read(seen: dict[str, Any]) -> None:
-    assert of(seen, "keys") == ["640 root:migrated"] * 2
+def test_keys_are_the_daemons_to_read_and_nobody_elses(seen: dict[str, Any]) -> None:
+    assert of(seen, "keys") == {"host-a": {"640 root:migrated"}, "host-b": {"640 root:migrated"}}
+    assert of(seen, "other keys") == {"600 root:root"}
 
 
 def test_both_units_wait_for_a_machine(seen: dict[str, Any]) -> None:
@@ -157,6 +158,7 @@ def test_a_machine_that_moves_is_left_alone(seen: dict[str, Any]) -> None:
 
 def test_a_removal_stops_the_daemon_and_leaves_the_workload(seen: dict[str, Any]) -> None:
     removed = of(seen, "removed")
+    assert removed["changed"] == ""
     assert "Stopping migrated@demo.service; its workload goes on" in removed["said"]
     assert removed["unit"]["ActiveState"] == "inactive"
     before, after = removed["walkers"]

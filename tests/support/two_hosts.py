@@ -37,6 +37,7 @@ ExecStart=/bin/sh -c 'exec /usr/lib/migrated/bin/python3 -m migrated.demo.walker
     --attach /run/migrated/{MACHINE}/attach.sock --ram {RAM_BYTES} --name walker <>/run/walker.in'
 StandardOutput=append:/run/walker.out
 StandardError=journal
+Nice=10
 """
 #: A watchdog that can be waited for.
 DROP_IN = "[Service]\nWatchdogSec=2\nTimeoutAbortSec=1\n"
@@ -218,13 +219,19 @@ def _start(a: Scene, b: Scene, package: Path, seen: dict[str, Any]) -> None:
     for host in (a, b):
         host.walker_event("ready", 0)
     seen["started"] = [host.show() for host in (a, b)]
-    seen["keys"] = b.run("sh", "-c", "stat -c '%a %U:%G' /etc/migrated/pki/*-key.pem").stdout.splitlines()
+    seen["keys"] = {host.name: _modes(host, "/etc/migrated/pki") for host in (a, b)}
+    seen["other keys"] = _modes(a, "/etc/migrated/ca") | _modes(a, "/etc/migrated/issued/host-b")
     seen["waiting"] = [host.ctl("status")["status"]["status"] for host in (a, b)]
     seen["trust"] = [a.run("migratectl", "pki", "check", b.address).stdout]
     seen["trust"].append(b.run("migratectl", "pki", "check", a.address).stdout)
     seen["names"] = a.run("bash", "--norc", "-c", COMPLETE.replace("snapshot v", "--machine d")).stdout.split()
     a.ctl("cont")
     a.walker_event("running", 0)
+
+
+def _modes(host: Scene, directory: str) -> set[str]:
+    """Return the permissions and owners of private keys."""
+    return set(host.run("sh", "-c", f"stat -c '%a %U:%G' {directory}/*-key.pem").stdout.splitlines())
 
 
 def _move(source: Scene, target: Scene, *options: str) -> dict[str, Any]:
@@ -309,9 +316,12 @@ def _upgrade(a: Scene, b: Scene, package: Path, seen: dict[str, Any]) -> None:
 
 def _remove(a: Scene, b: Scene, package: Path, seen: dict[str, Any]) -> None:
     walker = a.show("walker.service")
+    # What the programs would have compiled anew would be seen as well.
+    changed = a.run("dpkg", "--verify", "migrated").stdout
     removed = a.run("dpkg", "-r", "migrated")
     seen["removed"] = {
         "said": removed.stdout + removed.stderr,
+        "changed": changed,
         "unit": a.show(),
         "walkers": (walker["MainPID"], a.show("walker.service")["MainPID"]),
         "configuration": _files(a, "/etc/migrated"),
