@@ -15,7 +15,7 @@ import pytest
 
 from tests.support.two_hosts import ADDRESSES, MACHINE, Scene, build_package, play, two_hosts
 
-TOOLS = ("systemd-nspawn", "unshare", "nsenter", "ip", "dpkg-deb")
+TOOLS = ("systemd-nspawn", "setpriv", "unshare", "nsenter", "ip", "dpkg-deb")
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="machines are booted as root"),

@@ -110,7 +110,8 @@ class BootedHost:
             packages=shlex.quote(str(self._packages)),
             words=shlex.join(words),
         )
-        return ["unshare", "--mount", "--propagation", "private", "sh", "-ec", script]
+        # Where the tests are killed, nspawn is told, and shuts the machine down.
+        return ["setpriv", "--pdeathsig=TERM", "unshare", "--mount", "--propagation=private", "sh", "-ec", script]
 
     def _first_process(self, nspawn: subprocess.Popen[bytes]) -> int | None:
         """Return the pid, here, of the process that is number one in there."""
