@@ -6,6 +6,7 @@
 #   make bench    side-by-side figures, as JSON and as a table
 #   make nemesis  faults at random phases, and a checker behind each: make nemesis ROUNDS=300 SEED=7
 #   make lint     the checks of the sources only
+#   make deb      a Debian package, in dist/          make deb ARGS="--revision 2"
 #   make clean    remove what the targets above made
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ SEED ?= 1
 
 # What the tests run besides Python, as command:Debian-package.
 TOOLS := qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils gcc:gcc ip:iproute2 systemd-analyze:systemd \
-	systemd-nspawn:systemd-container
+	systemd-nspawn:systemd-container nsenter:util-linux dpkg-deb:dpkg /usr/bin/python3:python3
 # Tools of the system administrator are not in everybody's PATH.
 export PATH := $(PATH):/usr/sbin:/sbin
 
@@ -26,7 +27,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 # start hundreds of them.
 override export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help venv demo test bench nemesis lint clean tools
+.PHONY: help venv demo test bench nemesis lint deb clean tools
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -55,6 +56,9 @@ nemesis: venv tools
 
 lint: venv
 	$(BIN)/python -m pytest tests/house $(ARGS)
+
+deb: venv
+	PIP=$(BIN)/pip packaging/build-deb $(ARGS)
 
 # Installs what is missing where that is possible; elsewhere the tests that need it say so and are skipped.
 tools:

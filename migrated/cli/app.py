@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from migrated.cli.complete import complete_capability, complete_machine, complete_parameter
 from migrated.cli.display import choose_display
 from migrated.cli.exit_code import ExitCode
 from migrated.cli.output import Output
@@ -58,7 +59,6 @@ app = typer.Typer(
     help="Move running machines between hosts.\n\nExit codes: 0 done, 2 usage, 3 refused, 4 failed and the source still"
     " owns the machine, 5 failed and the destination owns it, 6 ownership unknown, 130 interrupted.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(snapshot)
@@ -71,9 +71,12 @@ app.command()(resolve)
 @app.callback()
 def options(
     ctx: typer.Context,
-    machine: Annotated[str, typer.Option(help="Name of the machine; its socket is /run/migrated/NAME/qmp.sock.")] = (
-        "migrated"
-    ),
+    machine: Annotated[
+        str,
+        typer.Option(
+            help="Name of the machine; its socket is /run/migrated/NAME/qmp.sock.", autocompletion=complete_machine
+        ),
+    ] = "migrated",
     socket: Annotated[str | None, typer.Option(help="Path of the daemon's control socket.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -241,7 +244,9 @@ def proceed(ctx: typer.Context, as_json: Json = False) -> None:
 @app.command()
 def capabilities(
     ctx: typer.Context,
-    changes: Annotated[list[str] | None, typer.Argument(metavar="NAME=on|off")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME=on|off", autocompletion=complete_capability)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show the capabilities, or switch some, all or none."""
@@ -256,7 +261,9 @@ def capabilities(
 @app.command()
 def parameters(
     ctx: typer.Context,
-    changes: Annotated[list[str] | None, typer.Argument(metavar="NAME=VALUE")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME=VALUE", autocompletion=complete_parameter)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show the parameters, or set some, all or none. Sizes may end in K, M, G."""

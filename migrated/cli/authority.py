@@ -13,9 +13,9 @@ both roles, because a machine comes back.
 from __future__ import annotations
 
 import contextlib
+import grp
 import ipaddress
 import os
-import pwd
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -38,8 +38,8 @@ AUTHORITY_DAYS = 3650
 HOST_DAYS = 825
 #: Clocks of hosts differ a little: a new certificate is good everywhere at once.
 BACKDATED = timedelta(hours=1)
-#: The service's user, who has to read the keys of its host.
-SERVICE_USER = "migrated"
+#: The service's group, which has to read the keys of its host. The units do the same with keys that were copied.
+SERVICE_GROUP = "migrated"
 #: X.520's limit of a common name.
 NAME_MAX = 64
 
@@ -147,15 +147,16 @@ def issue(
 
 
 def give_to_service(directory: Path) -> bool:
-    """Let the service's user read the keys, where this is root and there is one; say whether it was done."""
+    """Let the service's group read the keys, where this is root and there is one; say whether it was done."""
     try:
-        user = pwd.getpwnam(SERVICE_USER)
+        group = grp.getgrnam(SERVICE_GROUP)
     except KeyError:
         return False
     if os.geteuid() != 0:
         return False
     for path in directory.glob("*-key.pem"):
-        os.chown(path, user.pw_uid, user.pw_gid)
+        os.chown(path, 0, group.gr_gid)
+        path.chmod(0o640)
     return True
 
 

@@ -55,7 +55,7 @@ def init(
     host = host or socket.gethostname()
     with _refused(ctx, as_json) as output:
         create_authority(ca, f"migrated CA of {host}")
-        _issue(output, ca, output_dir, host, names, days, replace=False)
+        _issue(output, ca, output_dir, host, names, days, replace=False, here=True)
 
 
 @pki.command()
@@ -73,7 +73,9 @@ def issue(
 ) -> None:
     """Make keys for a host, as a directory that becomes /etc/migrated/pki there."""
     with _refused(ctx, as_json) as output:
-        _issue(output, ca, output_dir or ca.parent / "issued" / host, host, names, days, replace=replace)
+        # Keys that wait to be copied to another host are nobody's here.
+        here = output_dir is not None
+        _issue(output, ca, output_dir or ca.parent / "issued" / host, host, names, days, replace=replace, here=here)
 
 
 @pki.command()
@@ -153,7 +155,15 @@ async def _meet(host: str, directory: Path, name: str) -> Any:
 
 
 def _issue(
-    output: Output, ca: Path, directory: Path, host: str, names: list[str] | None, days: float, *, replace: bool
+    output: Output,
+    ca: Path,
+    directory: Path,
+    host: str,
+    names: list[str] | None,
+    days: float,
+    *,
+    replace: bool,
+    here: bool,
 ) -> None:
     from migrated.cli import authority
     from migrated.transport.credentials import read_certificate
@@ -162,7 +172,7 @@ def _issue(
         authority.open_authority(ca), directory, host, names or (), replace=replace, validity=authority.from_now(days)
     )
     certificate = read_certificate(directory / "server-cert.pem")
-    owned = authority.give_to_service(directory)
+    owned = here and authority.give_to_service(directory)
     value = {
         "directory": str(directory),
         "names": list(certificate.names),
@@ -170,7 +180,7 @@ def _issue(
     }
     lines = [
         f"Issued {certificate}",
-        f"  in {directory}" + (f", readable by user {authority.SERVICE_USER}" if owned else ""),
+        f"  in {directory}" + (f", readable by group {authority.SERVICE_GROUP}" if owned else ""),
     ]
     output.result(value, lines)
 

@@ -298,13 +298,18 @@ def _status_line(name: str, data: dict[str, object]) -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``migrated``; return its exit status."""
+def argument_parser() -> argparse.ArgumentParser:
+    """Return what the command line may say; the manual page is made of it."""
     parser = argparse.ArgumentParser(prog="migrated", description="live-migration daemon for one machine")
     parser.add_argument("--config", required=True, type=Path, help="configuration file (TOML)")
     parser.add_argument("--incoming", metavar="URI", help="start as a destination: wait at URI, or 'defer'")
     parser.add_argument("--check-config", action="store_true", help="validate the configuration and exit")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``migrated``; return its exit status."""
+    arguments = argument_parser().parse_args(argv)
     try:
         config = load_config(arguments.config)
         if arguments.check_config:

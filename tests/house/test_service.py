@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -46,3 +48,20 @@ def test_users_and_directories(tmp_path: Path) -> None:
     run("systemd-tmpfiles", f"--root={tmp_path}", "--create", str(ROOT / "systemd" / "migrated.tmpfiles"))
     for directory in ("etc/migrated", "run/migrated", "var/lib/migrated"):
         assert (tmp_path / directory).is_dir()
+
+
+@pytest.mark.skipif(shutil.which("systemd-tmpfiles") is None, reason="systemd-tmpfiles is not installed")
+@pytest.mark.skipif(os.geteuid() != 0, reason="files are given away as root")
+def test_keys_that_were_copied_are_the_groups_to_read(tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    run("systemd-sysusers", f"--root={tmp_path}", str(ROOT / "systemd" / "migrated.sysusers"))
+    group = re.search(r"^migrated:x:(\d+):", (tmp_path / "etc" / "group").read_text(), re.MULTILINE)
+    assert group is not None
+    for directory, mode in (("pki", 0o640), ("ca", 0o600), ("issued/host-b", 0o600)):
+        key = tmp_path / "etc" / "migrated" / directory / "server-key.pem"
+        key.parent.mkdir(parents=True, mode=0o700)
+        key.touch(mode=0o600)
+        run("systemd-tmpfiles", f"--root={tmp_path}", "--create", str(ROOT / "systemd" / "migrated.tmpfiles"))
+        owner = key.stat()
+        assert (stat.S_IMODE(owner.st_mode), owner.st_uid) == (mode, 0)
+        assert owner.st_gid == (int(group[1]) if directory == "pki" else 0)
