@@ -98,6 +98,12 @@ class Peers(Struct, frozen=True, rename="kebab"):
     may_receive: list[str] = []
 
 
+class History(Struct, frozen=True, rename="kebab"):
+    """What is kept of migrations that have ended."""
+
+    keep: Annotated[int, Meta(ge=0, le=10_000)] = 100
+
+
 class Handlers(Struct, frozen=True, rename="kebab"):
     """In-daemon handlers."""
 
@@ -128,6 +134,7 @@ class Config(Struct, frozen=True, rename="kebab"):
     migration: Migration = Migration()
     tls: Tls = Tls()
     peers: Peers = Peers()
+    history: History = History()
     handlers: Handlers = Handlers()
     workload: Workload = Workload()
     log: Log = Log()

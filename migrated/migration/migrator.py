@@ -14,6 +14,7 @@ from migrated.errors import CommandError
 from migrated.migration import report
 from migrated.migration.descriptors import Descriptors
 from migrated.migration.handshake import begins_stream
+from migrated.migration.history import History
 from migrated.migration.host import (
     OPTIONAL_SECTIONS,
     Emit,
@@ -55,6 +56,7 @@ class Migrator:
         incoming_progress: Progress,
         spawn: Spawn,
         jobs: Jobs,
+        history: History,
         allow: Sequence[str] = (),
         trust: Callable[[], Trust] = Trust,
     ) -> None:
@@ -63,6 +65,7 @@ class Migrator:
         self._incoming_progress = incoming_progress
         self._spawn = spawn
         self._jobs = jobs
+        self._history = history
         self._trust = trust
         self._outgoing: OutgoingMigration | None = None
         self._incoming: IncomingMigration | None = None
@@ -138,7 +141,7 @@ class Migrator:
         self._outgoing = OutgoingMigration(
             self._host, self._outgoing_progress, self._dialling(address), migration_id=migration_id, address=uri
         )
-        self._outgoing.start(self._spawn)
+        self._outgoing.start(self._history.departs(self._outgoing, uri))
         self._spawn(self.settler.settle_after(self._outgoing.wait()))
 
     async def _may_leave_for(self, uri: str) -> Address:
@@ -255,11 +258,11 @@ class Migrator:
             migration_id=uuid.uuid4().hex,
             autostart=lambda: self._autostart,
             before=waiting,
-            on_begin=lambda: self._begin(incoming),
+            on_begin=lambda: self._comes(incoming),
         )
         if waiting is None:
             self._begin(incoming)
-        incoming.start(self._spawn)
+        incoming.start(self._history.arrives(incoming))
         await incoming.postcopy.released.wait()
         if incoming.only_asked and self._incoming is incoming:
             self._incoming = before
@@ -271,6 +274,10 @@ class Migrator:
     def _begin(self, incoming: IncomingMigration) -> None:
         self._incoming = incoming
         self._hand_over_second()
+
+    def _comes(self, incoming: IncomingMigration) -> None:
+        self._begin(incoming)
+        self._history.comes(incoming)
 
     # -- the machine -------------------------------------------------------------------------------------------
 

@@ -56,7 +56,7 @@ def test_what_is_shown_is_the_default(tmp_path: Path) -> None:
     config, default = load_config(shown), load_config(empty)
     assert config.parameters().all() == default.parameters().all()
     assert config.capabilities().all() == default.capabilities().all()
-    for section in ("machine", "paths", "control", "attach", "handlers", "workload", "log"):
+    for section in ("machine", "paths", "control", "attach", "history", "handlers", "workload", "log"):
         assert getattr(config, section) == getattr(default, section)
 
 
