@@ -59,6 +59,8 @@ from migrated.ram.save import RamSave
 from migrated.savevm.handlers import SaveVMHandlers
 from migrated.savevm.iothread_lock import IothreadLock
 from migrated.savevm.registry import SaveVMRegistry
+from migrated.transport.address import TcpAddress, UnixAddress
+from migrated.transport.listen import parse_allow
 from migrated.wire.ram import RAM_VERSION
 
 TOOL = str(VERSION["package"])
@@ -184,7 +186,44 @@ class Daemon:
         shots = Snapshots(snapshots, snapshot_jobs, lambda: migrator.busy)
         services = Services(migrator, shots, history, machine, lambda: self.stop("host-qmp-quit"))
         await self._open_sockets(stack, services, machine, migrator)
+        if (address := config.metrics.address) is not None:
+            await self._open_metrics(stack, address, host, machine, outgoing)
         return migrator
+
+    async def _open_metrics(
+        self,
+        stack: AsyncExitStack,
+        address: TcpAddress | UnixAddress,
+        host: Host,
+        machine: Machine,
+        outgoing: Progress,
+    ) -> None:
+        # Half the time that a daemon takes to start, and 5 MiB, which most of them do not need.
+        from migrated.daemon.metrics import Sources, build_registry  # noqa: PLC0415
+        from migrated.daemon.metrics_server import serve_metrics  # noqa: PLC0415
+
+        config = self._config
+        sources = Sources(
+            machine=machine,
+            workloads=lambda: len(machine.workloads),
+            ownership=host.ownership,
+            lock=host.lock,
+            history=self._history,
+            outgoing=outgoing,
+            downtime_limit_ms=lambda: host.settings.parameters.integer("downtime-limit"),
+            trust=self._trust.current,
+            tool=TOOL,
+        )
+        server = await serve_metrics(
+            address,
+            build_registry(sources),
+            parse_allow(config.metrics.allow),
+            self._log,
+            mode=config.control.mode,
+            group=config.control.group,
+        )
+        stack.push_async_callback(server.close)
+        self._log.info("metrics_listening", addresses=server.addresses)
 
     async def _machine(
         self,

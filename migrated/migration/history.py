@@ -27,6 +27,7 @@ from migrated.model.history import (
     UNFINISHED,
     UNKNOWN,
     Direction,
+    Moved,
     Report,
     Tally,
     Unreadable,
@@ -37,6 +38,7 @@ from migrated.model.history import (
     outcome_of,
     with_answer,
 )
+from migrated.model.status import MigrationStatus
 
 Migration = OutgoingMigration | IncomingMigration
 
@@ -78,6 +80,7 @@ class History:
         self._progress = {Direction.OUTGOING: outgoing, Direction.INCOMING: incoming}
         self._spawn = spawn
         self._running: dict[Migration, Report] = {}
+        self._last: dict[Direction, Migration] = {}
         self._unsettled: Report | None = None
         """The last one, where its outcome is unknown."""
         self._unwritten: dict[tuple[str, str], tuple[Report, bool]] = {}
@@ -105,6 +108,11 @@ class History:
         """The first section is about to be loaded: this is no question, and no stranger."""
         self._begin(migration, Direction.INCOMING, "")
 
+    def status(self, direction: Direction) -> MigrationStatus:
+        """Return the status of the present or last migration in this direction."""
+        last = self._last.get(direction)
+        return MigrationStatus.NONE if last is None else last.status.value
+
     def is_running(self, direction: Direction) -> bool:
         """Return whether a migration is followed now in this direction."""
         return any(one.direction is direction for one in self._running.values())
@@ -118,6 +126,7 @@ class History:
                 self._end(migration)
 
     def _begin(self, migration: Migration, direction: Direction, uri: str) -> None:
+        self._last[direction] = migration
         begun = self._running[migration] = Report(
             id=migration.migration_id,
             direction=direction,
@@ -156,7 +165,16 @@ class History:
 
     def _count(self, ended: Report, migration: Migration) -> None:
         self.tally.ended(ended.direction, ended.status)
-        self.tally.add(ended.direction, self._progress[ended.direction].stats)
+        progress = self._progress[ended.direction]
+        self.tally.add(ended.direction, progress.stats)
+        if ended.direction is Direction.OUTGOING and migration.status.value is MigrationStatus.COMPLETED:
+            parts_s = {name: ms / 1000 for name, ms in progress.ledger.parts_ms().items()}
+            self.tally.last_moved = Moved(
+                self._host.site.clock_ms() / 1000,
+                progress.elapsed_ms() / 1000,
+                progress.ledger.total_ms / 1000,
+                parts_s,
+            )
         if isinstance(migration, IncomingMigration) and (figures := migration.postcopy.faults) is not None:
             self.tally.add_faults(figures)
 
@@ -164,6 +182,10 @@ class History:
         """Return what faults have cost in a postcopy that is under way here."""
         found = (one.postcopy.faults for one in self._running if isinstance(one, IncomingMigration))
         return next((figures for figures in found if figures is not None), None)
+
+    def live_received_bytes(self) -> int:
+        """Return how much of a machine that is on its way has arrived here."""
+        return self._progress[Direction.INCOMING].stats.transferred if self.is_running(Direction.INCOMING) else 0
 
     # -- the writer --------------------------------------------------------------------------------------------
 

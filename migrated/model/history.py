@@ -7,6 +7,7 @@ that the file on the disk, the QMP answer and ``migratectl --json`` are one and 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
@@ -160,10 +161,21 @@ def find(reports: Sequence[Report], wanted: str) -> Report:
     return found[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """The figures of an outgoing migration that completed. Times in s; ``ended_s`` since the epoch."""
+
+    ended_s: float
+    total_s: float
+    downtime_s: float
+    downtime_parts_s: Mapping[str, float]
+
+
 class Tally:
     """What all migrations of one daemon came to, since it was started."""
 
     def __init__(self) -> None:
+        self.last_moved: Moved | None = None
         self.results: dict[tuple[Direction, str], int] = {}
         """How many ended in that direction with that status."""
         self.sent_bytes = {"precopy": 0, "downtime": 0, "postcopy": 0}

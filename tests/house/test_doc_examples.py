@@ -15,6 +15,7 @@ import pytest
 
 from migrated.cli.exit_code import ExitCode
 from migrated.control.commands import COMMANDS, EVENTS, NOT_IMPLEMENTED
+from migrated.daemon.metrics import ROWS
 from migrated.model.handover import Hold
 from migrated.model.parameters import CAPABILITIES, PARAMETERS
 from migrated.savevm.handlers import SaveVMHandlers
@@ -180,6 +181,12 @@ def test_commands_and_events() -> None:
     assert set(table("operator-guide.md", "Events")) == set(EVENTS)
     text = (DOCS / "operator-guide.md").read_text()
     assert [name for name in [*COMMANDS, *NOT_IMPLEMENTED] if f"`{name}`" not in text] == []
+
+
+def test_metrics() -> None:
+    documented = table("operator-guide.md", "Metrics")
+    shown_labels = {row.name: ", ".join(f"`{label}`" for label in row.labels) for row in ROWS}
+    assert documented == {row.name: [row.kind.value, shown_labels[row.name], row.meaning] for row in ROWS}
 
 
 def test_hooks_of_the_contract() -> None:

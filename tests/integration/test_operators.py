@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from tests.support.following import migrate, wait_status, wait_until
 from tests.support.qmp_schema import QmpSchema
 
 SLOW_BPS = 1 << 20
+METRICS = '[metrics]\nlisten = "127.0.0.1:0"\n'
 NOBODY = "tcp:127.0.0.1:1"
 
 
@@ -48,6 +50,16 @@ def log_of(site: Site) -> list[dict[str, Any]]:
     return [json.loads(line) for line in site.log_path.read_text().splitlines()]
 
 
+def scrape(site: Site) -> dict[str, float]:
+    """Ask as Prometheus does; return every sample as it is written."""
+    (listening,) = [line for line in log_of(site) if line["event"] == "metrics_listening"]
+    with urllib.request.urlopen(f"http://{listening['addresses'][0]}/metrics", timeout=50) as answer:
+        lines = answer.read().decode().splitlines()
+    return {
+        line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line and not line.startswith("#")
+    }
+
+
 def ctl(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "migrated.cli.app", *words]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=50)
@@ -57,7 +69,8 @@ def ctl(*words: str) -> subprocess.CompletedProcess[str]:
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     """A: refused by nobody's port, then moved to B. B: on its way back when it is killed."""
     directory = tmp_path_factory.mktemp("operators")
-    with Site("A", directory, ram_bytes=16 * MIB) as a, Site("B", directory, ram_bytes=16 * MIB) as b:
+    options: dict[str, Any] = {"ram_bytes": 16 * MIB, "config": METRICS}
+    with Site("A", directory, **options) as a, Site("B", directory, **options) as b:
         a.qmp.execute("cont")
         a.wait_event("running")
         a.qmp.execute("migrate", {"uri": NOBODY})
@@ -125,3 +138,23 @@ def test_every_line_about_a_migration_has_its_id_and_role(story: Story) -> None:
     assert roles == {story.refused: "outgoing", story.moved: "outgoing", story.killed: "incoming"}
     lost = [line["migration_id"] for line in log_of(story.b) if line["event"] == "migration_interrupted"]
     assert lost == [story.killed]
+
+
+def test_metrics_of_both_hosts(story: Story) -> None:
+    here, there = scrape(story.a), scrape(story.b)
+    ended = 'migrated_migrations_total{{direction="{}",result="{}"}}'
+    counts = [here[ended.format(*which)] for which in (("outgoing", "failed"), ("outgoing", "completed"))]
+    assert (counts, here[ended.format("incoming", "failed")]) == ([1, 1], 1)
+    figures = report(story.a, story.moved)["migration"]
+    sent = {phase: here[f'migrated_migration_sent_bytes_total{{phase="{phase}"}}'] for phase in ("precopy", "downtime")}
+    assert sent == {phase: figures["ram"][f"{phase}-bytes"] for phase in sent}
+    assert round(here["migrated_last_migration_downtime_seconds"] * 1000) == figures["downtime"]
+    assert here["migrated_migration_received_bytes_total"] > 0
+    assert here['migrated_migration_status{direction="incoming",status="failed"}'] == 1
+    assert here['migrated_ownership_record{record="moved"}'] == 1
+    assert there['migrated_ownership_record{record="owner"}'] == 1
+    assert there['migrated_machine_run_state{state="running"}'] == 1
+    assert there["migrated_ram_bytes"] == 16 * MIB
+    assert there["migrated_workloads"] == 1
+    assert here["migrated_iothread_lock_hold_seconds_count"] > 0
+    assert there[ended.format("outgoing", "failed")] == 0, "the one that was killed counted nothing"
