@@ -15,6 +15,7 @@ import pytest
 
 from migrated.cli.exit_code import ExitCode
 from migrated.control.commands import COMMANDS, EVENTS, NOT_IMPLEMENTED
+from migrated.daemon.journal import MESSAGE_IDS
 from migrated.daemon.metrics import ROWS
 from migrated.model.handover import Hold
 from migrated.model.parameters import CAPABILITIES, PARAMETERS
@@ -187,6 +188,11 @@ def test_metrics() -> None:
     documented = table("operator-guide.md", "Metrics")
     shown_labels = {row.name: ", ".join(f"`{label}`" for label in row.labels) for row in ROWS}
     assert documented == {row.name: [row.kind.value, shown_labels[row.name], row.meaning] for row in ROWS}
+
+
+def test_message_ids() -> None:
+    documented = table("operator-guide.md", "Message ids")
+    assert {event: cells[0].strip("`") for event, cells in documented.items()} == MESSAGE_IDS
 
 
 def test_hooks_of_the_contract() -> None:
