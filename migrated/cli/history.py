@@ -26,10 +26,12 @@ if TYPE_CHECKING:
 
 #: An id is shown as far as it tells it from the others, and no shorter than this.
 SHORT_ID = 8
+#: Who had the machine behind a migration, in the words of `whoowns`.
 _OWNERS = {
-    "source-owns": "the source",
-    "destination-owns": "the destination",
-    "unknown": "unknown",
+    ("outgoing", "source-owns"): "this host",
+    ("outgoing", "destination-owns"): "the other host",
+    ("incoming", "source-owns"): "the other host",
+    ("incoming", "destination-owns"): "this host",
 }
 _DIRECTIONS = {"outgoing": "to", "incoming": "from"}
 
@@ -116,7 +118,7 @@ def history_lines(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     """A table of migrations; reports that are damaged stand below it."""
     reports = [one for one in entries if "id" in one]
     short = _short_ids([one["id"] for one in reports])
-    rows = [["ID", "STARTED", "", "PEER", "STATUS", "DOWNTIME", "TOTAL", "SENT"]] if reports else []
+    rows = [["ID", "STARTED", "", "PEER", "STATUS", "DOWNTIME", "TOTAL", "DATA"]] if reports else []
     rows += [
         [
             short[one["id"]],
@@ -147,7 +149,7 @@ def report_lines(found: Mapping[str, Any]) -> list[str]:
     lines.append(row("started", _local(found["started"])))
     if ended := found.get("ended"):
         lines.append(row("ended", _local(ended)))
-    lines.append(row("owner", f"{_OWNERS[found['outcome']]}, as far as this host knows"))
+    lines.append(row("owner", _OWNERS.get((found["direction"], found["outcome"]), "unknown")))
     lines += reason_lines(info, {}) or _reason_of(found)
     return lines + figure_lines(info, found.get("passes-left-out", 0))
 

@@ -59,8 +59,6 @@ from migrated.ram.save import RamSave
 from migrated.savevm.handlers import SaveVMHandlers
 from migrated.savevm.iothread_lock import IothreadLock
 from migrated.savevm.registry import SaveVMRegistry
-from migrated.transport.address import TcpAddress, UnixAddress
-from migrated.transport.listen import parse_allow
 from migrated.wire.ram import RAM_VERSION
 
 TOOL = str(VERSION["package"])
@@ -186,44 +184,17 @@ class Daemon:
         shots = Snapshots(snapshots, snapshot_jobs, lambda: migrator.busy)
         services = Services(migrator, shots, history, machine, lambda: self.stop("host-qmp-quit"))
         await self._open_sockets(stack, services, machine, migrator)
-        if (address := config.metrics.address) is not None:
-            await self._open_metrics(stack, address, host, machine, outgoing)
+        await self._open_metrics(stack, host, machine, outgoing)
         return migrator
 
-    async def _open_metrics(
-        self,
-        stack: AsyncExitStack,
-        address: TcpAddress | UnixAddress,
-        host: Host,
-        machine: Machine,
-        outgoing: Progress,
-    ) -> None:
-        # Half the time that a daemon takes to start, and 5 MiB, which most of them do not need.
-        from migrated.daemon.metrics import Sources, build_registry  # noqa: PLC0415
-        from migrated.daemon.metrics_server import serve_metrics  # noqa: PLC0415
+    async def _open_metrics(self, stack: AsyncExitStack, host: Host, machine: Machine, outgoing: Progress) -> None:
+        if self._config.metrics.listen is None:
+            return
+        # Half the time that a daemon takes to start, and some MiB, which most of them do not need.
+        from migrated.daemon.metrics_server import open_metrics  # noqa: PLC0415
 
-        config = self._config
-        sources = Sources(
-            machine=machine,
-            workloads=lambda: len(machine.workloads),
-            ownership=host.ownership,
-            lock=host.lock,
-            history=self._history,
-            outgoing=outgoing,
-            downtime_limit_ms=lambda: host.settings.parameters.integer("downtime-limit"),
-            trust=self._trust.current,
-            tool=TOOL,
-        )
-        server = await serve_metrics(
-            address,
-            build_registry(sources),
-            parse_allow(config.metrics.allow),
-            self._log,
-            mode=config.control.mode,
-            group=config.control.group,
-        )
+        server = await open_metrics(self._config, host, machine, self._history, outgoing, self._trust.current)
         stack.push_async_callback(server.close)
-        self._log.info("metrics_listening", addresses=server.addresses)
 
     async def _machine(
         self,
@@ -266,10 +237,10 @@ class Daemon:
                 return RunState.INMIGRATE
             case Hold.INCOMPLETE:
                 # What is missing cannot be told from what is there any more: nobody may touch that memory.
-                self._log.error("memory_incomplete", text=ownership.text(), next_step=ownership.next_step())
+                self._log.error("memory_incomplete", **_advice(ownership))
                 return RunState.IO_ERROR
             case Hold.RELEASED | Hold.ACCEPTED:
-                self._log.error("outcome_unknown", text=ownership.text(), next_step=ownership.next_step())
+                self._log.error("outcome_unknown", **_advice(ownership))
                 return RunState.FINISH_MIGRATE
             case Hold.MOVED:
                 return RunState.POSTMIGRATE
@@ -336,6 +307,15 @@ class _Both:
             if hasattr(half, name):
                 return getattr(half, name)
         raise AttributeError(name)
+
+
+def _advice(ownership: Ownership) -> dict[str, str]:
+    """Return what the log says of a record that needs somebody."""
+    return {
+        "text": ownership.text(),
+        "next_step": ownership.next_step(),
+        "migration_id": ownership.record.migration_id,
+    }
 
 
 def _status_line(name: str, data: dict[str, object]) -> str:

@@ -22,14 +22,21 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 from structlog.typing import FilteringBoundLogger
 
+from migrated.daemon.config import Config
+from migrated.daemon.metrics import Sources, build_registry
 from migrated.errors import ChannelError, ProtocolError
+from migrated.machine.machine import Machine
+from migrated.migration.history import History
+from migrated.migration.host import Host
+from migrated.migration.progress import Progress
 from migrated.transport.accept import accept
 from migrated.transport.address import TcpAddress, UnixAddress
 from migrated.transport.bind import BACKLOG, bind_tcp
 from migrated.transport.dial import peer_name, plain_host, resolve
 from migrated.transport.fd_socket import FdSocket
-from migrated.transport.listen import Network
+from migrated.transport.listen import Network, parse_allow
 from migrated.transport.readiness import Readiness
+from migrated.transport.trust import Trust
 from migrated.transport.unix_path import claim_path, finish_path, release_path
 
 PATH = "/metrics"
@@ -223,6 +230,30 @@ async def serve_metrics(
     except BaseException:
         sock.close()
         raise
+    return server
+
+
+async def open_metrics(
+    config: Config, host: Host, machine: Machine, history: History, outgoing: Progress, trust: Callable[[], Trust]
+) -> MetricsServer:
+    """Serve the figures of one daemon, as its configuration says. Raises ChannelError."""
+    address = config.metrics.address
+    assert address is not None
+    sources = Sources(
+        tool=host.site.tool,
+        machine=machine,
+        workloads=lambda: len(machine.workloads),
+        ownership=host.ownership,
+        lock=host.lock,
+        history=history,
+        outgoing=outgoing,
+        downtime_limit_ms=lambda: host.settings.parameters.integer("downtime-limit"),
+        trust=trust,
+    )
+    registry, allow = build_registry(sources), parse_allow(config.metrics.allow)
+    mode, group = config.control.mode, config.control.group
+    server = await serve_metrics(address, registry, allow, host.log, mode=mode, group=group)
+    host.log.info("metrics_listening", addresses=server.addresses)
     return server
 
 

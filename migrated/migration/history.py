@@ -123,7 +123,10 @@ class History:
             try:
                 await job
             finally:
-                self._end(migration)
+                try:
+                    self._end(migration)
+                except Exception:  # the top of a job: whatever is wrong with a report, the migration has ended
+                    self._host.log.exception("history_bug")
 
     def _begin(self, migration: Migration, direction: Direction, uri: str) -> None:
         self._last[direction] = migration
@@ -236,6 +239,8 @@ class History:
                     await self._store.write(one, durable=durable)
                 except OSError as error:
                     self._host.log.error("history_not_written", error=str(error), migration_id=one.id)
+                except Exception:  # the top of a job: a report that cannot be written must not end the daemon
+                    self._host.log.exception("history_bug", migration_id=one.id)
                 if self._unwritten[key][0] is one:
                     del self._unwritten[key]
             self._idle.set()

@@ -332,7 +332,10 @@ class Migrator:
         if not ownership.outcome_unknown and not (all_sent and peer_is_running):
             raise CommandError(f"there is nothing to resolve: {ownership.text()}")
         self._host.log.warning(
-            "outcome_resolved_by_operator", peer_is_fenced=peer_is_fenced, peer=ownership.record.peer
+            "outcome_resolved_by_operator",
+            peer_is_fenced=peer_is_fenced,
+            peer=ownership.record.peer,
+            migration_id=ownership.record.migration_id,
         )
         if paused and self._outgoing is not None:
             await self._outgoing.give_up()
@@ -360,11 +363,8 @@ class Migrator:
         elif self._requests.remembered and not arrives:
             answer = report.describe_record(self._host.ownership)
         elif incoming is not None:
-            answer = report.describe_incoming(
-                incoming,
-                self._incoming_progress,
-                blocktime=incoming.settings.enabled("postcopy-blocktime"),
-            )
+            blocktime = incoming.settings.enabled("postcopy-blocktime")
+            answer = report.describe_incoming(incoming, self._incoming_progress, blocktime=blocktime)
         if addresses := self._listening.addresses:
             answer["socket-address"] = addresses
         if kept := self._host.kept.describe():

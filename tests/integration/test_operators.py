@@ -16,6 +16,7 @@ from migrated.daemon.history import FileHistoryStore
 from migrated.demo.site import Site
 from migrated.model.history import listed
 from tests.integration.conftest import MIB
+from tests.integration.test_postcopy import speed, switch_on
 from tests.support.following import migrate, wait_status, wait_until
 from tests.support.qmp_schema import QmpSchema
 
@@ -35,6 +36,8 @@ class Story:
     address: str
     """Where it went."""
     killed: str
+    during: tuple[dict[str, float], dict[str, float]]
+    """What source and destination told Prometheus in the middle of that."""
 
 
 def reports(site: Site) -> dict[str, dict[str, Any]]:
@@ -80,10 +83,11 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         b.qmp.execute("migrate-set-parameters", {"max-bandwidth": SLOW_BPS})
         b.qmp.execute("migrate", {"uri": a.address, "x-migrated-request-id": "way-back"})
         wait_until(lambda: reports(a).get("way-back", {}).get("transferred"), "pages arrive at A")
+        during = scrape(b), scrape(a)
         b.restart_daemon()
         wait_status(a, {"failed"})
         wait_until(lambda: b.qmp.execute("x-migrated-query-machine")["blocks"], "the walker re-attached")
-        yield Story(a, b, refused, moved, address, "way-back")
+        yield Story(a, b, refused, moved, address, "way-back", during)
 
 
 def test_each_migration_leaves_a_report_at_both_hosts(story: Story) -> None:
@@ -158,3 +162,34 @@ def test_metrics_of_both_hosts(story: Story) -> None:
     assert there["migrated_workloads"] == 1
     assert here["migrated_iothread_lock_hold_seconds_count"] > 0
     assert there[ended.format("outgoing", "failed")] == 0, "the one that was killed counted nothing"
+
+
+def test_metrics_of_a_migration_under_way(story: Story) -> None:
+    source, target = story.during
+    assert source['migrated_migration_status{direction="outgoing",status="active"}'] == 1
+    assert source["migrated_migration_remaining_bytes"] > 0
+    assert source["migrated_migration_passes"] > 0
+    assert source['migrated_migration_sent_bytes_total{phase="precopy"}'] > 0
+    assert target['migrated_migration_status{direction="incoming",status="active"}'] == 1
+    assert target["migrated_migration_received_bytes_total"] > 0
+    assert target["migrated_migration_remaining_bytes"] == 0
+
+
+def test_faults_are_counted_where_they_happen(story: Story) -> None:
+    """The last one: the machine moves once more."""
+    a, b = story.a, story.b
+    switch_on(b)
+    speed(b, SLOW_BPS)
+    b.qmp.execute("migrate-set-parameters", {"max-bandwidth": 0})
+    b.qmp.execute("migrate", {"uri": a.address})
+    b.qmp.execute("migrate-start-postcopy")
+    wait_until(lambda: scrape(a)['migrated_postcopy_fault_seconds_count{answered="remote"}'], "a fault is counted")
+    speed(b, 0)
+    migration_id = wait_status(b, {"completed"})["x-migrated-migration-id"]
+    wait_until(lambda: "ended" in reports(a)[migration_id], "it is all there")
+    faults = report(a, migration_id)["migration"]["x-migrated-faults"]
+    here, there = scrape(a), scrape(b)
+    assert here['migrated_postcopy_fault_seconds_count{answered="remote"}'] == faults["remote"]["count"]
+    assert there["migrated_postcopy_requests_total"] > 0
+    assert there['migrated_migration_sent_bytes_total{phase="postcopy"}'] > 0
+    assert there['migrated_postcopy_fault_seconds_count{answered="remote"}'] == 0

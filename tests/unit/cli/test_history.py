@@ -51,7 +51,7 @@ async def test_a_table_of_migrations(ctl: Ctl) -> None:
     ran = await ctl.run("history")
     assert (ran.code, ran.err) == (0, "")
     assert [line.split() for line in ran.out.splitlines()] == [
-        ["ID", "STARTED", "PEER", "STATUS", "DOWNTIME", "TOTAL", "SENT"],
+        ["ID", "STARTED", "PEER", "STATUS", "DOWNTIME", "TOTAL", "DATA"],
         f"0123456789-b {local(3)} from 10.0.0.7:7400 completed 65 ms 89 ms 8 KiB".split(),
         f"0123456789-a {local(2)} to 10.0.0.7:7400 completed 65 ms 89 ms 8 KiB".split(),
         f"tried {local(1)} to tcp:10.0.0.7:7400 failed [link-closed] 3 ms".split(),
@@ -93,7 +93,7 @@ async def test_a_report_for_people(ctl: Ctl) -> None:
         "  uri          tcp:10.0.0.7:7400",
         f"  started      {local(2)}",
         f"  ended        {local(9)}",
-        "  owner        the destination, as far as this host knows",
+        "  owner        the other host",
         "  total time   89 ms",
         "  downtime     65 ms = stop 51.1 ms + ram 13.9 ms",
         "  passes       1 (6.33 KiB)",
@@ -116,6 +116,7 @@ async def test_a_report_that_nobody_finished(ctl: Ctl) -> None:
     ]  # fmt: skip
     lines = (await ctl.run("report", "gone")).out.splitlines()
     assert lines[0] == "Migration from an unknown peer: interrupted"
+    assert "  owner        unknown" in lines
     assert "  reason       the daemon ended [migration-interrupted]" in lines
     assert not any(line.startswith("  ended") for line in lines)
 
