@@ -46,6 +46,8 @@ PLAIN = "text/plain; version=0.0.4; charset=utf-8"
 HEAD_MAX_BYTES = 8192
 #: From the connection to the last byte of the answer, which has some 20 KiB.
 DEADLINE_S = 10.0
+#: Of a Unix socket for a group that may only read.
+READERS_MODE = 0o660
 #: A few Prometheus servers and somebody's curl.
 MAX_CONNECTIONS = 16
 
@@ -251,7 +253,10 @@ async def open_metrics(
         trust=trust,
     )
     registry, allow = build_registry(sources), parse_allow(config.metrics.allow)
-    mode, group = config.control.mode, config.control.group
+    mode, group = int(config.control.mode), config.control.group
+    if (readers := config.control.read_only_group) is not None:
+        # That socket is open for everybody, and asks who connects; this one does not ask.
+        mode, group = READERS_MODE, readers
     server = await serve_metrics(address, registry, allow, host.log, mode=mode, group=group)
     host.log.info("metrics_listening", addresses=server.addresses)
     return server

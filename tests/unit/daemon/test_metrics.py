@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import grp
 import io
+import os
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -18,8 +20,16 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client import parser as plain_text
 from prometheus_client.openmetrics import parser as openmetrics
 
+from migrated.daemon.config import load_config
 from migrated.daemon.metrics import ROWS, Kind, Sources, build_registry
-from migrated.daemon.metrics_server import HEAD_MAX_BYTES, MAX_CONNECTIONS, MetricsServer, answer, serve_metrics
+from migrated.daemon.metrics_server import (
+    HEAD_MAX_BYTES,
+    MAX_CONNECTIONS,
+    MetricsServer,
+    answer,
+    open_metrics,
+    serve_metrics,
+)
 from migrated.migration.history import History
 from migrated.migration.host import Host
 from migrated.migration.ownership import Ownership
@@ -34,6 +44,7 @@ from migrated.transport.trust import Trust
 from tests.support.fake_services import FakeBlock, FakeMachine
 
 LOOPBACK = TcpAddress("127.0.0.1", 0)
+SEEN = ("name", "uuid", "machine_type", "run_state", "ram_blocks")
 GET = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
@@ -271,6 +282,25 @@ async def test_by_a_unix_socket_which_goes_away_again(sources: Sources, tmp_path
     assert b"migrated_ram_bytes" in await ask(f"unix:{path}")
     await server.close()
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("control", "mode"), [("mode = '0640'", 0o640), ("mode = '0666'\nread-only-group = '{}'", 0o660)]
+)
+async def test_a_unix_socket_is_for_those_who_may_ask(tmp_path: Path, control: str, mode: int) -> None:
+    """The control socket of a read-only group is open for everybody, because it asks who connects."""
+    config, path = tmp_path / "kv.toml", tmp_path / "metrics.sock"
+    control = control.format(grp.getgrgid(os.getegid()).gr_name)
+    config.write_text(f"[control]\n{control}\n[metrics]\nlisten = 'unix:{path}'\n")
+    made = make_sources()
+    host = SimpleNamespace(
+        site=SimpleNamespace(tool=made.tool), ownership=made.ownership, lock=made.lock, log=structlog.get_logger()
+    )
+    machine = cast(Any, SimpleNamespace(workloads={}, **{name: getattr(made.machine, name) for name in SEEN}))
+    server = await open_metrics(load_config(config), cast(Host, host), machine, made.history, made.outgoing, made.trust)
+    assert path.stat().st_mode & 0o777 == mode
+    assert b"migrated_workloads 0.0" in await ask(f"unix:{path}")
+    await server.close()
 
 
 async def test_only_who_is_allowed(sources: Sources) -> None:
