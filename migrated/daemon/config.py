@@ -102,7 +102,7 @@ class Peers(Struct, frozen=True, rename="kebab"):
 class History(Struct, frozen=True, rename="kebab"):
     """What is kept of migrations that have ended."""
 
-    keep: Annotated[int, Meta(ge=0, le=10_000)] = 100
+    keep: Annotated[int, Meta(ge=0, le=1000)] = 100
 
 
 class Handlers(Struct, frozen=True, rename="kebab"):

@@ -36,13 +36,13 @@ class FileHistoryStore:
         self._directory = state / DIRECTORY
         self._keep = keep
 
-    async def read(self) -> list[Report | Unreadable]:
-        """Return what is kept, the newest first."""
-        return await in_thread(self.reports)
+    async def read(self, newest: int | None = None) -> list[Report | Unreadable]:
+        """Return what is kept, or that many of it, the newest first."""
+        return await in_thread(self.reports, newest)
 
-    def reports(self) -> list[Report | Unreadable]:
+    def reports(self, newest: int | None = None) -> list[Report | Unreadable]:
         """The same, blocking."""
-        return [_read(path) for path in reversed(self._paths())]
+        return [_read(path) for path in self._paths()[::-1][:newest]]
 
     async def write(self, report: Report, *, durable: bool) -> None:
         """Keep a report. Raises OSError."""

@@ -41,6 +41,8 @@ from migrated.model.history import (
 from migrated.model.status import MigrationStatus
 
 Migration = OutgoingMigration | IncomingMigration
+#: One migration at a time, and every start tells of the one before: only the newest can be without an end.
+LOOKED_AT = 8
 
 
 class HistoryStore(Protocol):
@@ -53,9 +55,14 @@ class HistoryStore(Protocol):
         """
         ...
 
-    async def read(self) -> list[Report | Unreadable]:
-        """Return what is kept, the newest first. What cannot be read is named."""
+    async def read(self, newest: int | None = None) -> list[Report | Unreadable]:
+        """Return what is kept, or that many of it, the newest first. What cannot be read is named."""
         ...
+
+
+def _counted(migration: Migration) -> bool:
+    """Return whether the figures are those of this migration: an incoming one begins them with its first section."""
+    return isinstance(migration, OutgoingMigration) or migration.touched
 
 
 class CurrentId:
@@ -80,7 +87,8 @@ class History:
         self._progress = {Direction.OUTGOING: outgoing, Direction.INCOMING: incoming}
         self._spawn = spawn
         self._running: dict[Migration, Report] = {}
-        self._last: dict[Direction, Migration] = {}
+        self._ended: dict[Direction, MigrationStatus] = {}
+        """How the last one in each direction ended; nothing more of it is kept."""
         self._unsettled: Report | None = None
         """The last one, where its outcome is unknown."""
         self._unwritten: dict[tuple[str, str], tuple[Report, bool]] = {}
@@ -110,8 +118,10 @@ class History:
 
     def status(self, direction: Direction) -> MigrationStatus:
         """Return the status of the present or last migration in this direction."""
-        last = self._last.get(direction)
-        return MigrationStatus.NONE if last is None else last.status.value
+        running = (migration for migration, begun in self._running.items() if begun.direction is direction)
+        if (migration := next(running, None)) is not None:
+            return migration.status.value
+        return self._ended.get(direction, MigrationStatus.NONE)
 
     def is_running(self, direction: Direction) -> bool:
         """Return whether a migration is followed now in this direction."""
@@ -129,7 +139,6 @@ class History:
                     self._host.log.exception("history_bug")
 
     def _begin(self, migration: Migration, direction: Direction, uri: str) -> None:
-        self._last[direction] = migration
         begun = self._running[migration] = Report(
             id=migration.migration_id,
             direction=direction,
@@ -162,14 +171,17 @@ class History:
             answer = report.describe_incoming(migration, progress, blocktime=blocktime)
         if not answer:  # the connection is there, and has not become an arriving machine yet
             return begun
-        # QEMU leaves the figures of what failed out; whoever asks afterwards wants to know how far it came.
-        answer = {**report.figures(progress, migration.status.value), **answer}
+        if _counted(migration):
+            # QEMU leaves the figures of what failed out; whoever asks afterwards wants to know how far it came.
+            answer = {**report.figures(progress, migration.status.value), **answer}
         return with_answer(begun, answer, outcome=outcome_of(begun.direction, self._host.ownership.record.hold))
 
     def _count(self, ended: Report, migration: Migration) -> None:
+        self._ended[ended.direction] = migration.status.value
         self.tally.ended(ended.direction, ended.status)
         progress = self._progress[ended.direction]
-        self.tally.add(ended.direction, progress.stats)
+        if _counted(migration):
+            self.tally.add(ended.direction, progress.stats)
         if ended.direction is Direction.OUTGOING and migration.status.value is MigrationStatus.COMPLETED:
             parts_s = {name: ms / 1000 for name, ms in progress.ledger.parts_ms().items()}
             self.tally.last_moved = Moved(
@@ -188,14 +200,15 @@ class History:
 
     def live_received_bytes(self) -> int:
         """Return how much of a machine that is on its way has arrived here."""
-        return self._progress[Direction.INCOMING].stats.transferred if self.is_running(Direction.INCOMING) else 0
+        arrives = any(isinstance(one, IncomingMigration) and one.touched for one in self._running)
+        return self._progress[Direction.INCOMING].stats.transferred if arrives else 0
 
     # -- the writer --------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
         """Begin to write; tell what an earlier life of this daemon has left without an end."""
         hold = self._host.ownership.record.hold
-        found = await self._store.read()
+        found = await self._store.read(LOOKED_AT)
         for one in found:
             if isinstance(one, Unreadable):
                 self._host.log.warning("history_unreadable", path=one.path, error=one.unreadable)

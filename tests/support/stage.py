@@ -231,6 +231,8 @@ class Stage:
         here = self.wait_end()
         stays = here is self.source
         assert not owner or stays is (owner == "source"), f"the {owner} should own it\n{self.describe()}"
+        outcome = "source-owns" if stays else "destination-owns"
+        self.wait(lambda: self._reported() == outcome, f"the source's last report says {outcome}")
         left = None if stays else self.source.wait_event("moved")
         found = here.check()
         again = here.check()
@@ -248,6 +250,11 @@ class Stage:
             assert bugs == []
         self.whole = True
         return here
+
+    def _reported(self) -> object:
+        """Return who has the machine, by the source's report of its last migration."""
+        history = self.source.qmp.execute("x-migrated-query-history")
+        return history[0]["outcome"] if history else None
 
     def nobody_runs(self) -> None:
         """Hold that neither workload takes a step: not between two looks with a command of each daemon between."""

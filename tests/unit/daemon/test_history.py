@@ -27,6 +27,7 @@ async def test_what_was_written_is_read_the_newest_first(tmp_path: Path) -> None
     for number in (2, 1, 3):
         await store.write(report(number), durable=number == 1)
     assert await FileHistoryStore(tmp_path, keep=10).read() == [report(3), report(2), report(1)]
+    assert await store.read(1) == [report(3)]
     assert names(tmp_path) == [f"20261126T18000{number}.000Z-move.json" for number in (1, 2, 3)]
     assert (tmp_path / "history").stat().st_mode & 0o777 == 0o750
 

@@ -28,8 +28,8 @@ class Shelf:
         self.writes: list[tuple[Report, bool]] = []
         self.full = False
 
-    async def read(self) -> list[Report | Unreadable]:
-        return list(self.reports)
+    async def read(self, newest: int | None = None) -> list[Report | Unreadable]:
+        return self.reports[:newest]
 
     async def write(self, report: Report, *, durable: bool) -> None:
         if self.full:
