@@ -130,7 +130,7 @@ def test_the_disk_says_the_same_as_the_daemon(story: Story) -> None:
     for site in (story.a, story.b):
         found = FileHistoryStore(site.directory / "state", keep=0).reports()
         assert listed(found) == site.qmp.execute("x-migrated-query-history")
-    shown = ctl("report", story.moved, "--state", str(story.b.directory / "state"))
+    shown = ctl("report", story.moved[:8], "--state", str(story.b.directory / "state"))
     assert shown.stdout.startswith("Migration from 127.0.0.1:")
     assert f"  id           {story.moved}\n" in shown.stdout
 
@@ -176,7 +176,7 @@ def test_metrics_of_a_migration_under_way(story: Story) -> None:
 
 
 def test_faults_are_counted_where_they_happen(story: Story) -> None:
-    """The last one: the machine moves once more."""
+    """The machine moves once more."""
     a, b = story.a, story.b
     switch_on(b)
     speed(b, SLOW_BPS)
@@ -193,3 +193,14 @@ def test_faults_are_counted_where_they_happen(story: Story) -> None:
     assert there["migrated_postcopy_requests_total"] > 0
     assert there['migrated_migration_sent_bytes_total{phase="postcopy"}'] > 0
     assert there['migrated_postcopy_fault_seconds_count{answered="remote"}'] == 0
+
+
+def test_without_a_daemon_the_disk_has_everything(story: Story) -> None:
+    """The last one: it ends a daemon."""
+    a = story.a
+    known = a.qmp.execute("x-migrated-query-history")
+    a.daemon.terminate()
+    a.daemon.wait()
+    socket, state = str(a.directory / "run" / "qmp.sock"), str(a.directory / "state")
+    shown = ctl("--socket", socket, "--json", "history", "--state", state)
+    assert (shown.returncode, json.loads(shown.stdout)) == (0, known)
