@@ -22,7 +22,7 @@ from migrated.model.parameters import CAPABILITIES, PARAMETERS
 from migrated.savevm.handlers import SaveVMHandlers
 from migrated.wire.command import Command
 from migrated.wire.return_path import Message
-from tests.house.repository import ROOT
+from tests.house.repository import ROOT, modules
 from tests.support.dissect import dissect
 from tests.support.documented import EXAMPLES, Host, Lines
 from tests.support.following import wait_until
@@ -193,6 +193,9 @@ def test_metrics() -> None:
 def test_message_ids() -> None:
     documented = table("operator-guide.md", "Message ids")
     assert {event: cells[0].strip("`") for event, cells in documented.items()} == MESSAGE_IDS
+    explained = {event for row in table("operator-guide.md", "Log") for event in re.findall(r"\w+", row)}
+    code = "".join(path.read_text() for path in modules() if path.name != "journal.py")
+    assert [event for event in MESSAGE_IDS if event not in explained or f'"{event}"' not in code] == []
 
 
 def test_hooks_of_the_contract() -> None:
