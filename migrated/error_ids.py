@@ -177,6 +177,12 @@ _ROWS = (
         "the link died between the last byte and its answer",
         "`migratectl whoowns` at both hosts",
     ),
+    ErrorId(
+        "migration-interrupted",
+        _H,
+        "the daemon ended in the middle of a migration",
+        "`migratectl whoowns` says who has the machine; migrate again",
+    ),
     # What moves, and what it moves on.
     ErrorId(
         "section-failed", Fault.HANDLER, "a handler failed while it saved or loaded", "look at the handler's own error"

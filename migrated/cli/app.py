@@ -17,6 +17,7 @@ import typer
 from migrated.cli.complete import complete_capability, complete_machine, complete_parameter
 from migrated.cli.display import choose_display
 from migrated.cli.exit_code import ExitCode
+from migrated.cli.history import history, report
 from migrated.cli.output import Output
 from migrated.cli.ownership import ownership_lines, read_ownership, release, resolve, whoowns
 from migrated.cli.pki import pki
@@ -66,6 +67,8 @@ app.add_typer(pki)
 app.command()(whoowns)
 app.command()(release)
 app.command()(resolve)
+app.command()(history)
+app.command()(report)
 
 
 @app.callback()

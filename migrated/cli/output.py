@@ -31,6 +31,10 @@ class Output:
         if not self.as_json:
             self.result(None, lines)
 
+    def note(self, text: str) -> None:
+        """Say something beside the result, where it does not get in a program's way."""
+        print(f"migratectl: {text}", file=sys.stderr, flush=True)
+
     def refusal(self, error: MigratedError, more: Mapping[str, object] = MappingProxyType({})) -> None:
         """Say why it did not go; ``more`` is for programs."""
         if self.as_json:

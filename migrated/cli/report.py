@@ -53,22 +53,27 @@ def report_lines(info: Mapping[str, Any], code: ExitCode, ownership: Mapping[str
     lines = [_VERDICTS[code].format(status=info.get("status"))]
     if peer := info.get("x-migrated-peer", {}).get("address"):
         lines[0] += f" (peer {peer})"
-    lines += _reason_lines(info, ownership)
+    lines += reason_lines(info, ownership) + figure_lines(info)
+    convergence = info.get("x-migrated-convergence", {})
+    if code is not ExitCode.DONE and not convergence.get("converging", True):
+        lines.append(row("convergence", describe_convergence(convergence)))
+    return lines + next_step_lines(ownership) if code else lines
+
+
+def figure_lines(info: Mapping[str, Any], passes_left_out: int = 0) -> list[str]:
+    """How long it took and how much went over, as far as that is known."""
+    lines = []
     if "total-time" in info:
         lines.append(row("total time", format_ms(info["total-time"])))
     if "downtime" in info:
         lines.append(row("downtime", _downtime(info)))
     if passes := info.get("x-migrated-passes"):
-        lines.append(row("passes", _passes(passes)))
+        lines.append(row("passes", _passes(passes, passes_left_out)))
     if (ram := info.get("ram")) and ram.get("total"):
         lines.append(row("transferred", f"{format_bytes(ram['transferred'])} for {format_bytes(ram['total'])} of RAM"))
     if (rate := throughput_bps(info)) is not None:
         lines.append(row("throughput", format_rate(rate)))
-    lines += _fault_lines(info)
-    convergence = info.get("x-migrated-convergence", {})
-    if code is not ExitCode.DONE and not convergence.get("converging", True):
-        lines.append(row("convergence", describe_convergence(convergence)))
-    return lines + next_step_lines(ownership) if code else lines
+    return lines + _fault_lines(info)
 
 
 def arrival_object(info: Mapping[str, Any], code: ExitCode, status: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,7 +99,7 @@ def arrival_lines(
     if code is ExitCode.DONE:
         lines = [f"The machine is here, loaded from {peer}; it is {status.get('status')}"]
     else:
-        lines = [f"The machine was not loaded from {peer}", *_reason_lines(info, ownership)]
+        lines = [f"The machine was not loaded from {peer}", *reason_lines(info, ownership)]
     if "total-time" in info:
         lines.append(row("total time", format_ms(info["total-time"])))
     if total := info.get("ram", {}).get("total"):
@@ -160,7 +165,7 @@ def status_lines(
     lines += [row("waiting at", format_address(address)) for address in info.get("socket-address", ())]
     lines.append(row("migration", progress_line(read_progress(info))))
     lines += _fault_lines(info)
-    return lines + _reason_lines(info, ownership)
+    return lines + reason_lines(info, ownership)
 
 
 def recovery_lines(info: Mapping[str, Any]) -> list[str]:
@@ -187,7 +192,7 @@ def format_address(address: Mapping[str, Any]) -> str:
             return f"{kind}:{address.get('str', '')}"
 
 
-def _reason_lines(info: Mapping[str, Any], ownership: Mapping[str, Any]) -> list[str]:
+def reason_lines(info: Mapping[str, Any], ownership: Mapping[str, Any]) -> list[str]:
     """Why it failed, without the next step, which has a line of its own."""
     if blockers := info.get("x-migrated-blockers"):
         return blocker_lines(blockers)
@@ -246,12 +251,12 @@ def _downtime(info: Mapping[str, Any]) -> str:
     return format_ms(info["downtime"]) + (f" = {parts}" if parts else "")
 
 
-def _passes(passes: Sequence[Mapping[str, Any]]) -> str:
+def _passes(passes: Sequence[Mapping[str, Any]], left_out: int) -> str:
     """The first and the last few passes tell the story; a machine that does not converge makes hundreds."""
     sizes = [format_bytes(one["sent-bytes"]) for one in passes]
     if len(sizes) > 6:
         sizes[3:-2] = ["..."]
-    return f"{len(passes)} ({', '.join(sizes)})"
+    return f"{len(passes) + left_out} ({', '.join(sizes)})"
 
 
 def _by(workloads: Sequence[str]) -> str:

@@ -17,6 +17,7 @@ from typing import Any, Final
 import msgspec
 
 from migrated.control import shapes
+from migrated.control.history_shapes import HistoryEntry, ReportArguments, ReportInfo
 from migrated.control.machine_info import describe_machine
 from migrated.control.ports import Services, SessionPort
 from migrated.control.problem_shapes import PreflightInfo
@@ -252,6 +253,14 @@ async def _query_snapshots(call: Call, _: shapes.NoArguments) -> object:
     return await call.services.snapshots.query()
 
 
+async def _query_history(call: Call, _: shapes.NoArguments) -> object:
+    return await call.services.history.query()
+
+
+async def _query_report(call: Call, arguments: ReportArguments) -> object:
+    return await call.services.history.report(arguments.id)
+
+
 _ROWS = (
     Command("qmp_capabilities", _qmp_capabilities, shapes.QmpCapabilitiesArguments),
     Command("query-version", _query_version, result=shapes.VersionInfo),
@@ -289,6 +298,8 @@ _ROWS = (
     Command("x-migrated-query-ownership", _query_ownership, result=shapes.OwnershipInfo),
     Command("x-migrated-query-snapshots", _query_snapshots, result=list[shapes.SnapshotInfo]),
     Command("x-migrated-query-machine", _query_machine, result=shapes.MachineInfo),
+    Command("x-migrated-query-history", _query_history, result=list[HistoryEntry]),
+    Command("x-migrated-query-report", _query_report, ReportArguments, result=ReportInfo),
 )
 
 COMMANDS: Final[Mapping[str, Command]] = {command.name: command for command in _ROWS}

@@ -130,6 +130,18 @@ class SnapshotsPort(Protocol):
     def dismiss_job(self, job_id: str) -> None: ...
 
 
+class HistoryPort(Protocol):
+    """What is kept of migrations."""
+
+    async def query(self) -> list[dict[str, object]]:
+        """What x-migrated-query-history returns."""
+        ...
+
+    async def report(self, wanted: str) -> dict[str, object]:
+        """What x-migrated-query-report returns; ``wanted`` is an id, or the beginning of one."""
+        ...
+
+
 class SessionPort(Protocol):
     """The connection a command came in on, for the few commands that are about the connection."""
 
@@ -146,6 +158,7 @@ class Services:
 
     migrator: MigratorPort
     snapshots: SnapshotsPort
+    history: HistoryPort
     machine: MachinePort
     quit: Callable[[], None]
     """Ask the daemon to end; returns at once, so that the answer still goes out."""

@@ -27,11 +27,12 @@ from migrated.control.ports import Services
 from migrated.control.server import ControlServer
 from migrated.daemon.config import Config, load_config
 from migrated.daemon.faults import FaultyStore, fault_point
+from migrated.daemon.history import FileHistoryStore
 from migrated.daemon.inherited import take_inherited
 from migrated.daemon.lock import StateLock
 from migrated.daemon.log import configure_log
 from migrated.daemon.notify import Notifier
-from migrated.daemon.record import FileRecordStore
+from migrated.daemon.record import FileRecordStore, WatchedStore
 from migrated.daemon.site import HostSite
 from migrated.daemon.trust import TrustKeeper, check_trust
 from migrated.daemon.workload_command import WorkloadCommand
@@ -41,6 +42,7 @@ from migrated.devices.kept import KeptSections
 from migrated.errors import ConfigError, MigratedError, TlsError
 from migrated.machine.attach import AttachServer
 from migrated.machine.machine import Machine
+from migrated.migration.history import History
 from migrated.migration.host import Host, Settings, first_error
 from migrated.migration.jobs import Jobs
 from migrated.migration.migrator import Migrator
@@ -122,11 +124,13 @@ class Daemon:
             for task in idle:
                 task.cancel()
             await migrator.close()
+            await self._history.close()
 
     async def _wire(self, stack: AsyncExitStack, jobs: asyncio.TaskGroup) -> Migrator:
         config = self._config
         fault_at = fault_point(self._state, self._log)
-        ownership, lock = Ownership(FaultyStore(FileRecordStore(self._state), fault_at)), IothreadLock()
+        records = WatchedStore(FaultyStore(FileRecordStore(self._state), fault_at))
+        ownership, lock = Ownership(records), IothreadLock()
         settings = Settings(config.capabilities(), config.parameters())
         registry = SaveVMRegistry(lock)
         outgoing, incoming = Progress(time.monotonic), Progress(time.monotonic)
@@ -168,16 +172,37 @@ class Daemon:
             fault_point=fault_at,
         )
         self._load_handlers(registry, machine)
+        store = FileHistoryStore(self._state, config.history.keep)
+        history = self._history = History(host, store, outgoing, incoming, jobs.create_task)
+        records.on_written = history.record_written
+        await history.open()
         snapshot_jobs = Jobs(jobs.create_task, relay, self._log)
         migrator = Migrator(
-            host, outgoing, incoming, jobs.create_task, snapshot_jobs, config.migration.allow, self._trust.current
+            host,
+            outgoing,
+            incoming,
+            jobs.create_task,
+            snapshot_jobs,
+            history,
+            config.migration.allow,
+            self._trust.current,
         )
         relay.target = migrator.emit
         snapshots = SnapshotHost(host, self._snapshot_store(), hash_content, outgoing, incoming, tool=TOOL)
         shots = Snapshots(snapshots, snapshot_jobs, lambda: migrator.busy)
-        services = Services(migrator, shots, machine, lambda: self.stop("host-qmp-quit"))
+        services = Services(migrator, shots, history, machine, lambda: self.stop("host-qmp-quit"))
         await self._open_sockets(stack, services, machine, migrator)
+        await self._open_metrics(stack, host, machine, outgoing)
         return migrator
+
+    async def _open_metrics(self, stack: AsyncExitStack, host: Host, machine: Machine, outgoing: Progress) -> None:
+        if self._config.metrics.listen is None:
+            return
+        # 150 ms of imports and 2 MiB, which most daemons do not need.
+        from migrated.daemon.metrics_server import open_metrics  # noqa: PLC0415
+
+        server = await open_metrics(self._config, host, machine, self._history, outgoing, self._trust.current)
+        stack.push_async_callback(server.close)
 
     async def _machine(
         self,
@@ -220,10 +245,10 @@ class Daemon:
                 return RunState.INMIGRATE
             case Hold.INCOMPLETE:
                 # What is missing cannot be told from what is there any more: nobody may touch that memory.
-                self._log.error("memory_incomplete", text=ownership.text(), next_step=ownership.next_step())
+                self._log.error("memory_incomplete", **_advice(ownership))
                 return RunState.IO_ERROR
             case Hold.RELEASED | Hold.ACCEPTED:
-                self._log.error("outcome_unknown", text=ownership.text(), next_step=ownership.next_step())
+                self._log.error("outcome_unknown", **_advice(ownership))
                 return RunState.FINISH_MIGRATE
             case Hold.MOVED:
                 return RunState.POSTMIGRATE
@@ -290,6 +315,15 @@ class _Both:
             if hasattr(half, name):
                 return getattr(half, name)
         raise AttributeError(name)
+
+
+def _advice(ownership: Ownership) -> dict[str, str]:
+    """Return what the log says of a record that needs somebody."""
+    return {
+        "text": ownership.text(),
+        "next_step": ownership.next_step(),
+        "migration_id": ownership.record.migration_id,
+    }
 
 
 def _status_line(name: str, data: dict[str, object]) -> str:

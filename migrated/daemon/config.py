@@ -20,6 +20,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from migrated.daemon.inherited import inherited_number
+from migrated.daemon.metrics_config import Metrics, metrics_problems
 from migrated.errors import CommandError, ConfigError
 from migrated.model.parameters import CAPABILITIES, PARAMETERS, Capabilities, Parameters
 from migrated.transport.address import FdAddress, TcpAddress, parse_address
@@ -98,6 +99,12 @@ class Peers(Struct, frozen=True, rename="kebab"):
     may_receive: list[str] = []
 
 
+class History(Struct, frozen=True, rename="kebab"):
+    """What is kept of migrations that have ended."""
+
+    keep: Annotated[int, Meta(ge=0, le=1000)] = 100
+
+
 class Handlers(Struct, frozen=True, rename="kebab"):
     """In-daemon handlers."""
 
@@ -128,6 +135,8 @@ class Config(Struct, frozen=True, rename="kebab"):
     migration: Migration = Migration()
     tls: Tls = Tls()
     peers: Peers = Peers()
+    history: History = History()
+    metrics: Metrics = Metrics()
     handlers: Handlers = Handlers()
     workload: Workload = Workload()
     log: Log = Log()
@@ -257,6 +266,7 @@ def _problems(config: Config) -> Iterator[tuple[str, str]]:
     yield from _machine_problems(config.machine)
     yield from _path_problems(config)
     yield from _incoming_problems(config)
+    yield from metrics_problems(config.metrics)
     yield from _peer_problems(config)
     yield from _setting_problems(config.migration)
     for number, entry in enumerate(config.handlers.load):

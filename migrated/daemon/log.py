@@ -1,4 +1,4 @@
-"""The log: for people on a terminal, JSON lines everywhere else, with priorities where journald reads them.
+"""The log: for people on a terminal, fields in the journal, JSON lines everywhere else.
 
 The rule of the file: one event is one line. Tracebacks are shown at level debug only; above it, an exception becomes
 its type, its text and where it was raised. `configure_log` is called once, by main. What a daemon binds to its context
@@ -18,19 +18,21 @@ import structlog
 from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
 
 from migrated.daemon.config import Log
+from migrated.daemon.journal import PRIORITIES, SOCKET, journal_processors
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
-#: syslog(3) priorities, as sd-daemon(3) has them at the beginning of a line.
-_PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 _FIRST = ("timestamp", "level", "event")
 
 
 def configure_log(
-    settings: Log, stream: TextIO = sys.stderr, environment: Mapping[str, str] = os.environ
+    settings: Log,
+    stream: TextIO = sys.stderr,
+    environment: Mapping[str, str] = os.environ,
+    journal: str = SOCKET,
 ) -> FilteringBoundLogger:
-    """Set up logging for this process and return its logger."""
+    """Set up logging for this process and return its logger. ``journal`` is the path of its socket."""
     structlog.configure(
-        processors=_processors(settings, stream, environment),
+        processors=_processors(settings, stream, environment, journal),
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[settings.level]),
         logger_factory=structlog.WriteLoggerFactory(file=stream),
         cache_logger_on_first_use=False,
@@ -40,8 +42,9 @@ def configure_log(
     return logger
 
 
-def _processors(settings: Log, stream: TextIO, environment: Mapping[str, str]) -> list[Processor]:
+def _processors(settings: Log, stream: TextIO, environment: Mapping[str, str], journal: str) -> list[Processor]:
     console = settings.format == "console" or (settings.format == "auto" and stream.isatty())
+    in_journal = _is_journal(stream, environment)
     processors: list[Processor] = [structlog.contextvars.merge_contextvars, structlog.processors.add_log_level]
     if settings.level != "debug":
         processors.append(_shorten_exception)
@@ -54,13 +57,16 @@ def _processors(settings: Log, stream: TextIO, environment: Mapping[str, str]) -
             ),
         ]
     else:
+        processors.append(structlog.processors.format_exc_info)
+        if in_journal and settings.format == "auto":
+            processors += journal_processors(journal)
+        # What the journal does not take as fields comes to it as a line.
         processors += [
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
             _order,
             structlog.processors.JSONRenderer(),
         ]
-    if _is_journal(stream, environment):
+    if in_journal:
         processors.append(_put_priority)
     return processors
 
@@ -78,7 +84,8 @@ def _is_journal(stream: TextIO, environment: Mapping[str, str]) -> bool:
 
 
 def _put_priority(logger: WrappedLogger, method: str, rendered: Any) -> str:
-    prefix = f"<{_PRIORITIES.get(method, 6)}>"
+    """Put the priority at the beginning of each line, as sd-daemon(3) has it."""
+    prefix = f"<{PRIORITIES.get(method, 6)}>"
     return "\n".join(prefix + line for line in str(rendered).splitlines())
 
 

@@ -13,14 +13,17 @@ written, and a line that a crash cut short does not have its checksum, so that a
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from xxhash import xxh3_64_hexdigest
 
 from migrated.errors import ConfigError
+from migrated.savevm.ports import RecordStore
 from migrated.transport.file import sync_directory
 from migrated.transport.thread import in_thread
 
@@ -153,3 +156,24 @@ def _slots(raw: bytes) -> list[_Slot]:
         except (ValueError, KeyError, TypeError):
             continue  # blank, cut short, or the file of an older version
     return slots
+
+
+class WatchedStore:
+    """A record store that tells what was written, once it is."""
+
+    def __init__(self, store: RecordStore) -> None:
+        self._store = store
+        self.on_written: Callable[[dict[str, Any]], None] = lambda record: None
+
+    def read(self) -> dict[str, Any] | None:
+        """Return the record."""
+        return self._store.read()
+
+    async def write(self, record: dict[str, Any]) -> None:
+        """Replace the record."""
+        try:
+            await self._store.write(record)
+        except asyncio.CancelledError:
+            self.on_written(record)  # it has been made all the same (`RecordStore`)
+            raise
+        self.on_written(record)

@@ -14,6 +14,7 @@ from migrated.errors import CommandError
 from migrated.migration import report
 from migrated.migration.descriptors import Descriptors
 from migrated.migration.handshake import begins_stream
+from migrated.migration.history import History
 from migrated.migration.host import (
     OPTIONAL_SECTIONS,
     Emit,
@@ -55,6 +56,7 @@ class Migrator:
         incoming_progress: Progress,
         spawn: Spawn,
         jobs: Jobs,
+        history: History,
         allow: Sequence[str] = (),
         trust: Callable[[], Trust] = Trust,
     ) -> None:
@@ -63,6 +65,7 @@ class Migrator:
         self._incoming_progress = incoming_progress
         self._spawn = spawn
         self._jobs = jobs
+        self._history = history
         self._trust = trust
         self._outgoing: OutgoingMigration | None = None
         self._incoming: IncomingMigration | None = None
@@ -138,7 +141,7 @@ class Migrator:
         self._outgoing = OutgoingMigration(
             self._host, self._outgoing_progress, self._dialling(address), migration_id=migration_id, address=uri
         )
-        self._outgoing.start(self._spawn)
+        self._outgoing.start(self._history.departs(self._outgoing, uri))
         self._spawn(self.settler.settle_after(self._outgoing.wait()))
 
     async def _may_leave_for(self, uri: str) -> Address:
@@ -255,11 +258,11 @@ class Migrator:
             migration_id=uuid.uuid4().hex,
             autostart=lambda: self._autostart,
             before=waiting,
-            on_begin=lambda: self._begin(incoming),
+            on_begin=lambda: self._comes(incoming),
         )
         if waiting is None:
             self._begin(incoming)
-        incoming.start(self._spawn)
+        incoming.start(self._history.arrives(incoming))
         await incoming.postcopy.released.wait()
         if incoming.only_asked and self._incoming is incoming:
             self._incoming = before
@@ -271,6 +274,10 @@ class Migrator:
     def _begin(self, incoming: IncomingMigration) -> None:
         self._incoming = incoming
         self._hand_over_second()
+
+    def _comes(self, incoming: IncomingMigration) -> None:
+        self._begin(incoming)
+        self._history.comes(incoming)
 
     # -- the machine -------------------------------------------------------------------------------------------
 
@@ -325,7 +332,10 @@ class Migrator:
         if not ownership.outcome_unknown and not (all_sent and peer_is_running):
             raise CommandError(f"there is nothing to resolve: {ownership.text()}")
         self._host.log.warning(
-            "outcome_resolved_by_operator", peer_is_fenced=peer_is_fenced, peer=ownership.record.peer
+            "outcome_resolved_by_operator",
+            peer_is_fenced=peer_is_fenced,
+            peer=ownership.record.peer,
+            migration_id=ownership.record.migration_id,
         )
         if paused and self._outgoing is not None:
             await self._outgoing.give_up()
@@ -353,11 +363,8 @@ class Migrator:
         elif self._requests.remembered and not arrives:
             answer = report.describe_record(self._host.ownership)
         elif incoming is not None:
-            answer = report.describe_incoming(
-                incoming,
-                self._incoming_progress,
-                blocktime=incoming.settings.enabled("postcopy-blocktime"),
-            )
+            blocktime = incoming.settings.enabled("postcopy-blocktime")
+            answer = report.describe_incoming(incoming, self._incoming_progress, blocktime=blocktime)
         if addresses := self._listening.addresses:
             answer["socket-address"] = addresses
         if kept := self._host.kept.describe():

@@ -85,7 +85,7 @@ class OutgoingMigration:
             self._settled.set()
         else:
             self._settled.clear()
-        self._host.log.info("migration_status", status=status.value, migration_id=self.migration_id)
+        self._host.log.info("migration_status", status=status.value, migration_id=self.migration_id, role="outgoing")
         if self._host.settings.enabled("events"):
             self._host.emit("MIGRATION", {"status": status.value})
 

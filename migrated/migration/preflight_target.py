@@ -51,9 +51,9 @@ class PreflightTarget:
         host.log.info(
             "preflight",
             peer=self._link.peer,
-            source_migration_id=needs.migration_id,
             dry_run=needs.dry_run,
             blockers=[blocker.id for blocker in self.blockers],
+            **({"migration_id": needs.migration_id} if needs.migration_id else {}),
         )
         await self._link.return_path.preflight(Answer(host.site.tool, host.machine.name, self.blockers, preempt))
 

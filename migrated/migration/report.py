@@ -61,7 +61,7 @@ def describe_outgoing(
         if isinstance(error, PreflightBlocked):
             answer["x-migrated-blockers"] = describe_blockers(error.blockers)
     if status in _WITH_FIGURES:
-        answer |= _figures(progress, status)
+        answer |= figures(progress, status)
         if status is MigrationStatus.COMPLETED:
             answer["downtime"] = round(progress.ledger.total_ms)
         else:
@@ -91,7 +91,7 @@ def describe_incoming(migration: IncomingMigration, progress: Progress, *, block
         known = "the machine was not taken over" if not migration.postcopy.running else "the machine is here"
         answer["x-migrated-error"] = error.explain(migration.failed_in.value, known)
     if status in _WITH_FIGURES:
-        answer |= _figures(progress, status)
+        answer |= figures(progress, status)
     if (faults := migration.postcopy.faults) is not None:
         answer["x-migrated-faults"] = faults.summary().as_dict()
         if blocktime and status is MigrationStatus.COMPLETED:
@@ -119,7 +119,8 @@ def describe_record(ownership: Ownership) -> dict[str, object]:
     }
 
 
-def _figures(progress: Progress, status: MigrationStatus) -> dict[str, object]:
+def figures(progress: Progress, status: MigrationStatus) -> dict[str, object]:
+    """Return the times and the ram object."""
     ram = progress.stats.as_dict()
     if status is MigrationStatus.COMPLETED:
         ram |= {"remaining": 0, "dirty-pages-rate": 0}

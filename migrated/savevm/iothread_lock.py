@@ -33,6 +33,8 @@ class IothreadLock:
         self._taken_at = 0.0
         self.holds_by_ms = [0] * (len(HOLD_BUCKETS_MS) + 1)
         """How often the lock was held for up to HOLD_BUCKETS_MS[i] ms (last: longer)."""
+        self.held_ms = 0.0
+        """For how long it was held altogether."""
 
     @property
     def held(self) -> bool:
@@ -66,6 +68,7 @@ class IothreadLock:
         held_ms = (self._clock() - self._taken_at) * 1000
         bucket = sum(held_ms > bound for bound in HOLD_BUCKETS_MS)
         self.holds_by_ms[bucket] += 1
+        self.held_ms += held_ms
         self._owner = None
         self._lock.release()
 

@@ -15,7 +15,8 @@ FILE = ROOT / "config" / "migrated.toml"
 
 #: Keys without a default; the file shows an example.
 EXAMPLES = {
-    "machine.uuid", "control.group", "control.read-only-group", "attach.group", "migration.incoming", "migration.allow"
+    "machine.uuid", "control.group", "control.read-only-group", "attach.group", "migration.incoming", "migration.allow",
+    "metrics.listen",
 }  # fmt: skip
 
 _COMMENTED_KEY = re.compile(r"^# (?=[a-z0-9-]+ = )", re.MULTILINE)
@@ -56,7 +57,7 @@ def test_what_is_shown_is_the_default(tmp_path: Path) -> None:
     config, default = load_config(shown), load_config(empty)
     assert config.parameters().all() == default.parameters().all()
     assert config.capabilities().all() == default.capabilities().all()
-    for section in ("machine", "paths", "control", "attach", "handlers", "workload", "log"):
+    for section in ("machine", "paths", "control", "attach", "history", "metrics", "handlers", "workload", "log"):
         assert getattr(config, section) == getattr(default, section)
 
 

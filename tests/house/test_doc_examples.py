@@ -15,12 +15,14 @@ import pytest
 
 from migrated.cli.exit_code import ExitCode
 from migrated.control.commands import COMMANDS, EVENTS, NOT_IMPLEMENTED
+from migrated.daemon.journal import MESSAGE_IDS
+from migrated.daemon.metrics import ROWS
 from migrated.model.handover import Hold
 from migrated.model.parameters import CAPABILITIES, PARAMETERS
 from migrated.savevm.handlers import SaveVMHandlers
 from migrated.wire.command import Command
 from migrated.wire.return_path import Message
-from tests.house.repository import ROOT
+from tests.house.repository import ROOT, modules
 from tests.support.dissect import dissect
 from tests.support.documented import EXAMPLES, Host, Lines
 from tests.support.following import wait_until
@@ -180,6 +182,20 @@ def test_commands_and_events() -> None:
     assert set(table("operator-guide.md", "Events")) == set(EVENTS)
     text = (DOCS / "operator-guide.md").read_text()
     assert [name for name in [*COMMANDS, *NOT_IMPLEMENTED] if f"`{name}`" not in text] == []
+
+
+def test_metrics() -> None:
+    documented = table("operator-guide.md", "Metrics")
+    shown_labels = {row.name: ", ".join(f"`{label}`" for label in row.labels) for row in ROWS}
+    assert documented == {row.name: [row.kind.value, shown_labels[row.name], row.meaning] for row in ROWS}
+
+
+def test_message_ids() -> None:
+    documented = table("operator-guide.md", "Message ids")
+    assert {event: cells[0].strip("`") for event, cells in documented.items()} == MESSAGE_IDS
+    explained = {event for row in table("operator-guide.md", "Log") for event in re.findall(r"\w+", row)}
+    code = "".join(path.read_text() for path in modules() if path.name != "journal.py")
+    assert [event for event in MESSAGE_IDS if event not in explained or f'"{event}"' not in code] == []
 
 
 def test_hooks_of_the_contract() -> None:

@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from msgspec import to_builtins
 from numpy.typing import NDArray
 
 from migrated.control.ports import EventCallback, Services
 from migrated.migration.descriptors import Descriptors
+from migrated.model.history import Report, Unreadable, find, listed
 from migrated.model.parameters import Capabilities, Parameters
 from migrated.model.runstate import RunState
 from migrated.savevm.ports import DevicePort, DeviceState, RamBlockPort, TrackedMapping
@@ -150,6 +152,20 @@ class FakeSnapshots:
             raise self.refusal
 
 
+class FakeHistory:
+    """HistoryPort with reports that a test puts into it."""
+
+    def __init__(self) -> None:
+        self.reports: list[Report | Unreadable] = []
+
+    async def query(self) -> list[dict[str, object]]:
+        return listed(self.reports)
+
+    async def report(self, wanted: str) -> dict[str, object]:
+        found: dict[str, object] = to_builtins(find([one for one in self.reports if isinstance(one, Report)], wanted))
+        return found
+
+
 @dataclass
 class FakeBlock:
     """RamBlockPort without memory behind it."""
@@ -245,9 +261,10 @@ class FakeDaemon:
 
     migrator: FakeMigrator = field(default_factory=FakeMigrator)
     snapshots: FakeSnapshots = field(default_factory=FakeSnapshots)
+    history: FakeHistory = field(default_factory=FakeHistory)
     machine: FakeMachine = field(default_factory=FakeMachine)
     quit_asked: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def services(self) -> Services:
-        return Services(self.migrator, self.snapshots, self.machine, self.quit_asked.set)
+        return Services(self.migrator, self.snapshots, self.history, self.machine, self.quit_asked.set)

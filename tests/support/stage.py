@@ -231,6 +231,7 @@ class Stage:
         here = self.wait_end()
         stays = here is self.source
         assert not owner or stays is (owner == "source"), f"the {owner} should own it\n{self.describe()}"
+        self.wait(lambda: self._reported_here() is stays, "the source's last report says who has the machine")
         left = None if stays else self.source.wait_event("moved")
         found = here.check()
         again = here.check()
@@ -248,6 +249,14 @@ class Stage:
             assert bugs == []
         self.whole = True
         return here
+
+    def _reported_here(self) -> bool | None:
+        """Return whether the source has the machine, by its report of its last migration in whichever direction."""
+        history = self.source.qmp.execute("x-migrated-query-history")
+        if not history:
+            return True  # it was born here
+        ours = {"outgoing": "source-owns", "incoming": "destination-owns"}[history[0]["direction"]]
+        return None if history[0]["outcome"] == "unknown" else history[0]["outcome"] == ours
 
     def nobody_runs(self) -> None:
         """Hold that neither workload takes a step: not between two looks with a command of each daemon between."""

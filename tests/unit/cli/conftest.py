@@ -14,7 +14,7 @@ from typing import Any
 import pytest_asyncio
 
 from migrated.control.server import ControlServer
-from tests.support.fake_services import FakeDaemon, FakeMachine, FakeMigrator, FakeSnapshots
+from tests.support.fake_services import FakeDaemon, FakeHistory, FakeMachine, FakeMigrator, FakeSnapshots
 
 DEADLINE_S = 50.0
 
@@ -48,6 +48,10 @@ class Ctl:
     @property
     def snapshots(self) -> FakeSnapshots:
         return self.daemon.snapshots
+
+    @property
+    def history(self) -> FakeHistory:
+        return self.daemon.history
 
     @property
     def machine(self) -> FakeMachine:

@@ -12,7 +12,7 @@ import pytest_asyncio
 import uvloop
 
 from migrated.control.server import ControlServer
-from tests.support.fake_services import FakeDaemon, FakeMachine, FakeMigrator, FakeSnapshots
+from tests.support.fake_services import FakeDaemon, FakeHistory, FakeMachine, FakeMigrator, FakeSnapshots
 from tests.support.qmp_peer import QmpPeer
 
 
@@ -40,6 +40,10 @@ class Control:
     @property
     def snapshots(self) -> FakeSnapshots:
         return self.daemon.snapshots
+
+    @property
+    def history(self) -> FakeHistory:
+        return self.daemon.history
 
     @property
     def machine(self) -> FakeMachine:

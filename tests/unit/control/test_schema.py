@@ -9,6 +9,7 @@ import pytest_asyncio
 
 from migrated.control.commands import COMMANDS, EVENTS
 from migrated.control.schema import build_schema
+from migrated.model.history import Direction, Report, Unreadable, with_answer
 from migrated.model.stats import DowntimeLedger
 from migrated.savevm.ports import TrackedMapping
 from tests.support.fake_services import FakeBlock, FakeDevice
@@ -53,6 +54,11 @@ JOBS: list[dict[str, object]] = [
     {"type": "snapshot-save", "status": "running", "current-progress": 1, "total-progress": 2},
     {"type": "snapshot-load", "status": "concluded", "current-progress": 2, "total-progress": 2, "error": "x"},
 ]
+
+BEGUN = Report(
+    id="move-1", direction=Direction.OUTGOING, machine="kv", started="2026-01-01T00:00:00.000Z", status="unfinished",
+    outcome="unknown", uri="tcp:h:1", peer="h:1",
+)  # fmt: skip
 
 
 @pytest_asyncio.fixture
@@ -99,10 +105,13 @@ async def test_results_are_what_the_schema_says(control: Control, peer: QmpPeer,
     control.machine.attached = [FakeDevice("cpu", "worker")]
     control.snapshots.found = SNAPSHOTS
     control.snapshots.script = JOBS
+    arguments = {"id": "move"} if name == "x-migrated-query-report" else {}
     infos: list[dict[str, Any]] = [{}, {"status": "setup"}, FULL_INFO]
     for info in infos:
         control.migrator.info = info
-        schema.check(schema.entries[name]["ret-type"], (await peer.execute(name))["return"], name)
+        report = with_answer(BEGUN, info, outcome="unknown") if info else BEGUN
+        control.history.reports = [report, Unreadable(path="/x", unreadable="cut short")]
+        schema.check(schema.entries[name]["ret-type"], (await peer.execute(name, arguments))["return"], name)
 
 
 def test_every_part_of_the_downtime_is_described(schema: QmpSchema) -> None:

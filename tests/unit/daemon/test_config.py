@@ -94,6 +94,16 @@ def test_everything_can_be_said(tmp_path: Path) -> None:
     assert (config.workload.command, config.workload.attach_timeout) == (["python3", "-m", "app"], 1.5)
 
 
+def test_metrics_are_off_and_then_for_this_host_unless_others_are_named(tmp_path: Path) -> None:
+    assert load(tmp_path, "").metrics.address is None
+    for listen in ("127.0.0.1:9600", "[::1]:9600", "localhost:0", "unix:/run/m.sock"):
+        assert load(tmp_path, f"[metrics]\nlisten = '{listen}'").metrics.address is not None
+    for listen in ("0.0.0.0:9600", ":9600", "host-a:9600", "[::]:9600"):
+        error = refusal(tmp_path, f"[metrics]\nlisten = '{listen}'")
+        assert (error.key, "nobody is asked who he is" in error.expected) == ("metrics.listen", True)
+        assert load(tmp_path, f"[metrics]\nlisten = '{listen}'\nallow = ['10.0.0.9']").metrics.address is not None
+
+
 @pytest.mark.parametrize(
     ("text", "key", "expected"),
     [
@@ -134,6 +144,11 @@ def test_everything_can_be_said(tmp_path: Path) -> None:
         ("[handlers]\nload = ['no-colon']", "handlers.load[0]", "expected package.module:function, found 'no-colon'"),
         ("[migration]\nincoming = 'rdma:h:1'", "migration.incoming", "unknown migration protocol: rdma:h:1"),
         ("[migration]\nallow = ['host']", "migration.allow", "'host' is not an IP address or network"),
+        ("[history]\nkeep = -1", "history.keep", ">= 0"),
+        ("[metrics]\nlisten = '9600'", "metrics.listen", "expected HOST:PORT or unix:PATH, found '9600'"),
+        ("[metrics]\nlisten = 'exec:true'", "metrics.listen", "expected HOST:PORT or unix:PATH"),
+        ("[metrics]\nlisten = 'unix:here'", "metrics.listen", "expected an absolute path, found 'unix:here'"),
+        ("[metrics]\nallow = ['host']", "metrics.allow", "'host' is not an IP address or network"),
         (
             "[migration.parameters]\ndowntime-limit = 2000001",
             "migration.parameters.downtime-limit",

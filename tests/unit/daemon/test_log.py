@@ -128,7 +128,7 @@ def journal(path: Path) -> tuple[TextIO, dict[str, str]]:
 def test_lines_for_the_journal_begin_with_their_priority(tmp_path: Path) -> None:
     stream, environment = journal(tmp_path / "journal")
     with stream:
-        log = configure_log(Log(level="debug"), stream, environment)
+        log = configure_log(Log(level="debug", format="json"), stream, environment)
         for level in ("debug", "info", "warning", "error"):
             getattr(log, level)("x")
         stream.seek(0)

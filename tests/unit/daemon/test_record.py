@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from migrated.daemon.record import SLOT_BYTES, FileRecordStore
+from migrated.daemon.record import SLOT_BYTES, FileRecordStore, WatchedStore
 from migrated.errors import ConfigError
 
 
@@ -120,3 +120,21 @@ async def test_a_record_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="does not fit into 4096"):
         await store.write({"peer": "x" * SLOT_BYTES})
     assert store.read() == {"hold": "owner"}
+
+
+async def test_a_watched_store_tells_what_is_on_the_disk_and_nothing_else(tmp_path: Path) -> None:
+    disk = BadDisk(tmp_path)
+    store, told = WatchedStore(disk), list[dict[str, Any]]()
+    await store.write({"hold": "owner"})  # nobody listens yet
+    store.on_written = told.append
+    await store.write({"hold": "released"})
+    disk.works = False
+    with pytest.raises(OSError, match="Input/output"):
+        await store.write({"hold": "moved"})
+    assert told == [store.read()] == [{"hold": "released"}]
+    writing = asyncio.create_task(store.write({"hold": "owner"}))
+    await asyncio.sleep(0)
+    writing.cancel()
+    await asyncio.wait([writing])
+    assert writing.cancelled()
+    assert told[-1] == store.read() == {"hold": "owner"}

@@ -22,7 +22,8 @@ async def test_of_two_listeners_at_once_one_is_refused() -> None:
     machine = SimpleNamespace(run_state=RunState.INMIGRATE)
     host = cast(Host, SimpleNamespace(machine=machine, log=structlog.get_logger()))
     progress = Progress(time.monotonic)
-    migrator = Migrator(host, progress, progress, cast(Any, None), Jobs(cast(Any, None), cast(Any, None), host.log))
+    jobs = Jobs(cast(Any, None), cast(Any, None), host.log)
+    migrator = Migrator(host, progress, progress, cast(Any, None), jobs, cast(Any, None))
     opened = await asyncio.gather(*[migrator.incoming("tcp:127.0.0.1:0") for _ in range(2)], return_exceptions=True)
     await migrator.close()
     assert [type(result) for result in opened] == [type(None), CommandError]
