@@ -137,20 +137,7 @@ class Daemon:
         relay = _Relay()
         machine = await self._machine(registry, ownership, settings, relay)
         stack.callback(machine.close)
-
-        def synced(newly_dirty: int) -> None:
-            if outgoing.synced(newly_dirty) and settings.enabled("events"):
-                relay("MIGRATION_PASS", {"pass": outgoing.stats.dirty_sync_count})
-
-        save = RamSave(
-            machine,
-            lock,
-            outgoing.stats,
-            on_sync=synced,
-            postcopy=lambda: settings.enabled("postcopy-ram"),
-            cache_bytes=settings.delta_cache_bytes,
-            deltas=outgoing.deltas,
-        )
+        save = self._ram_save(machine, lock, settings, outgoing, relay)
         load = RamLoad(machine, incoming.stats, lambda: config.workload.attach_timeout)
         registry.register_savevm_live("ram", 0, RAM_VERSION, SaveVMHandlers.of(_Both(save, load)), machine)
         host = Host(
@@ -194,6 +181,28 @@ class Daemon:
         await self._open_sockets(stack, services, machine, migrator)
         await self._open_metrics(stack, host, machine, outgoing)
         return migrator
+
+    def _ram_save(
+        self,
+        machine: Machine,
+        lock: IothreadLock,
+        settings: Settings,
+        outgoing: Progress,
+        on_event: Callable[[str, dict[str, object]], None],
+    ) -> RamSave:
+        def synced(newly_dirty: int) -> None:
+            if outgoing.synced(newly_dirty) and settings.enabled("events"):
+                on_event("MIGRATION_PASS", {"pass": outgoing.stats.dirty_sync_count})
+
+        return RamSave(
+            machine,
+            lock,
+            outgoing.stats,
+            on_sync=synced,
+            postcopy=lambda: settings.enabled("postcopy-ram"),
+            cache_bytes=settings.delta_cache_bytes,
+            deltas=outgoing.deltas,
+        )
 
     async def _open_metrics(self, stack: AsyncExitStack, host: Host, machine: Machine, outgoing: Progress) -> None:
         if self._config.metrics.listen is None:

@@ -21,6 +21,7 @@ from typing import Any
 
 from tests.house.repository import ROOT
 from tests.support.booted_host import DEADLINE_S, BootedHost, lay_cable
+from tests.support.journal import events_of
 
 #: As in README.
 ADDRESSES = {"host-a": "10.0.0.7", "host-b": "10.0.0.8"}
@@ -131,9 +132,8 @@ class Scene(BootedHost):
         return done.stdout + done.stderr
 
     def journal(self) -> list[dict[str, Any]]:
-        """Return the daemon's lines of the journal."""
-        lines = self.run("journalctl", "--no-pager", "-o", "cat", "-u", UNIT).stdout.splitlines()
-        return [json.loads(line) for line in lines if line.startswith("{")]
+        """Return the daemon's events in the journal."""
+        return events_of(self.run("journalctl", "--no-pager", "-o", "json", "-u", UNIT).stdout)
 
 
 @contextmanager
