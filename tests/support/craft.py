@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 PAGE = 4096
 START, PART, END, FULL = 1, 2, 3, 4
-ZERO, MEM_SIZE, WHOLE, EOS, CONTINUE = 0x02, 0x04, 0x08, 0x10, 0x20
+ZERO, MEM_SIZE, WHOLE, EOS, CONTINUE, DELTA = 0x02, 0x04, 0x08, 0x10, 0x20, 0x40
 OPEN_RETURN_PATH, PING, ADVISE, LISTEN, RUN, DISCARD, PACKAGED = 1, 2, 3, 4, 5, 6, 7
 #: Ping values: what a QEMU begins with, and what a `migrated` source does.
 QEMUS_PING, OUR_PING = 1, 0x4D494752

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tests.support import craft
-from tests.support.craft import CONTINUE, EOS, FULL, PAGE, PART, RAM_ID, START, WHOLE, ZERO
+from tests.support.craft import CONTINUE, DELTA, EOS, FULL, PAGE, PART, RAM_ID, START, WHOLE, ZERO
 
 MEMORY = {"mem0": random.Random(1).randbytes(6 * PAGE) + bytes(9 * PAGE) + b"\7" * PAGE, "vram": bytes(4 * PAGE)}
 DEVICES = {"disk": bytes(range(16))}
@@ -273,9 +273,19 @@ def _page_cases() -> Iterator[Case]:
     yield in_pages("unknown block", craft.record(WHOLE, "ghost", page), "Can't find block ghost")
     yield in_pages("block no text", craft.record(WHOLE, b"\xff\xfe", page), "not UTF-8")
     yield in_pages("continued from nothing", craft.record(WHOLE | CONTINUE, None, page), "Ack, bad migration stream!")
-    for flags in (0, 0x01, 0x18, 0x30, 0x40, 0x80, 0x200, WHOLE | ZERO):
+    for flags in (0, 0x01, 0x18, 0x30, 0x80, 0x200, DELTA | ZERO, WHOLE | ZERO):
         said = f"Unknown combination of migration flags: {flags:#x}"
         yield in_pages(f"flags {flags:#x}", craft.record(flags, "mem0", page), said)
+    for name, delta, said in (
+        ("early", b"\5\1\xbb", "expected one for a page that has arrived"),
+        ("nothing new", b"\5\0", "found an empty run"),
+        ("beyond", b"\xff\x1f\2ab", "found a run up to byte 4097"),
+    ):
+        head = b"\1" + len(delta).to_bytes(2, "big")
+        record = craft.record(DELTA, "mem0", head + delta)
+        yield in_pages(f"delta, {name}", record if name == "early" else first + record, said)
+    yield in_pages("delta, wrong encoding", craft.record(DELTA, "mem0", b"\2\0\0"), "wrong compression", "found 2")
+    yield in_pages("delta, too long", craft.record(DELTA, "mem0", b"\1\x10\1"), "len overflow", "found 4097")
     yield in_pages("compressed", craft.record(0x100, "mem0", page), "unexpected compressed page")
     yield in_pages("EOS with an offset", craft.record(PAGE | EOS), "Unknown combination of migration flags: 0x10")
     before = craft.ram_start(craft.record(EOS)) + craft.ram_part(first)
