@@ -12,7 +12,7 @@ Run: ``python -m tests.support.witness --log FILE``, the rest as `migrated.demo.
 from __future__ import annotations
 
 import argparse
-import mmap
+import os
 import struct
 import time
 from collections.abc import Iterable
@@ -40,10 +40,9 @@ class StepLog:
     """Writes a log; what is written is in the page cache, whatever becomes of the process."""
 
     def __init__(self, path: Path) -> None:
-        size = _COUNT.size + STRETCHES_MAX * _STRETCH.size
-        with path.open("w+b") as file:
-            file.truncate(size)
-            self._memory = mmap.mmap(file.fileno(), size)
+        # Not a mapping: one was once read as it had been seconds before.
+        self._file = path.open("w+b", buffering=0)
+        self._file.truncate(_COUNT.size + STRETCHES_MAX * _STRETCH.size)
         self._count = 0
         self._last = Stretch(0, 0, 0, 0)
 
@@ -56,8 +55,9 @@ class StepLog:
         else:
             self._last = Stretch(begin, end, first_ns, time.monotonic_ns())
             self._count += 1
-        _STRETCH.pack_into(self._memory, _COUNT.size + (self._count - 1) * _STRETCH.size, *self._last)
-        _COUNT.pack_into(self._memory, 0, self._count)
+        at = _COUNT.size + (self._count - 1) * _STRETCH.size
+        os.pwrite(self._file.fileno(), _STRETCH.pack(*self._last), at)
+        os.pwrite(self._file.fileno(), _COUNT.pack(self._count), 0)
 
 
 def read_log(path: Path) -> list[Stretch]:
