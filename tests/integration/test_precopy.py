@@ -35,18 +35,23 @@ def test_ten_migrations_in_a_row_leave_nothing_behind(pair: tuple[Site, Site]) -
 
 
 def footprint(site: Site) -> dict[str, object]:
-    """Return what a daemon holds: descriptors by kind, threads, mappings of RAM blocks, files."""
+    """Return what a daemon holds, but for its reports: descriptors by kind, mappings of RAM blocks, files."""
     proc = Path(f"/proc/{site.daemon.pid}")
     kinds: dict[str, int] = {}
     for fd in (proc / "fd").iterdir():
         try:
-            kind = os.readlink(fd).split(":")[0].split("[")[0]
+            target = os.readlink(fd)
         except FileNotFoundError:
             continue
+        if "/state/history" in target:
+            continue
+        kind = target.split(":")[0].split("[")[0]
         kinds[kind] = kinds.get(kind, 0) + 1
     return {
         "fds": kinds,
         "ram mappings": sum("memfd:" in line for line in (proc / "maps").read_text().splitlines()),
-        "files": sorted(p.name for p in site.directory.rglob("*") if p.name != "daemon.log"),
+        "files": sorted(
+            p.name for p in site.directory.rglob("*") if p.name != "daemon.log" and p.parent.name != "history"
+        ),
         "state": run_state(site),
     }

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+PASS = 0o001
+
 
 def let_others_in(directory: Path) -> None:
-    """Let every user reach ``directory``; one further up that everybody may pass through has been reached before."""
+    """Let every user reach ``directory``."""
     for one in (directory, *directory.parents):
-        if one.stat().st_mode & 0o001:
-            return
-        one.chmod(0o755)
+        if not one.stat().st_mode & PASS:
+            one.chmod(0o755)

@@ -255,8 +255,11 @@ class Stage:
         history = self.source.qmp.execute("x-migrated-query-history")
         if not history:
             return True  # it was born here
-        ours = {"outgoing": "source-owns", "incoming": "destination-owns"}[history[0]["direction"]]
-        return None if history[0]["outcome"] == "unknown" else history[0]["outcome"] == ours
+        # The newest by its time, unless the clock was set.
+        last = self.source.status().get("x-migrated-migration-id")
+        report = next((one for one in history if one["id"] == last), history[0])
+        ours = {"outgoing": "source-owns", "incoming": "destination-owns"}[report["direction"]]
+        return None if report["outcome"] == "unknown" else report["outcome"] == ours
 
     def nobody_runs(self) -> None:
         """Hold that neither workload takes a step: not between two looks with a command of each daemon between."""
