@@ -152,6 +152,8 @@ class Daemon:
             completeness=[load.check_complete],
             postcopy_save=save,
             postcopy_load=load,
+            multifd_save=save.channels,
+            multifd_load=load.channels,
             emit=relay,
             clock=time.monotonic,
             log=self._log,

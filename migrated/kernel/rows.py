@@ -27,6 +27,8 @@ def write_rows(fd: int, rows: NDArray[np.uint8], offset: int) -> None:
 
     The GIL is free meanwhile. Raises KernelError.
     """
+    if rows.strides[0] == rows.shape[1]:  # in one piece already
+        rows = rows.reshape(1, -1)
     count, width = rows.shape
     address, stride = rows.__array_interface__["data"][0], rows.strides[0]
     pieces = np.empty((count, 2), np.int64)

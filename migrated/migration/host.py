@@ -19,7 +19,14 @@ from migrated.model.handover import Hold
 from migrated.model.parameters import Capabilities, Parameters
 from migrated.model.runstate import RunState
 from migrated.savevm.iothread_lock import IothreadLock
-from migrated.savevm.ports import MachinePort, PostcopyLoadPort, PostcopySavePort, RamBlockPort
+from migrated.savevm.ports import (
+    MachinePort,
+    MultifdLoadPort,
+    MultifdSavePort,
+    PostcopyLoadPort,
+    PostcopySavePort,
+    RamBlockPort,
+)
 from migrated.savevm.registry import SaveVMRegistry
 from migrated.stream.incoming import IncomingStream
 from migrated.wire.section import SectionHeader
@@ -128,6 +135,8 @@ class Host:
     """Each raises RemoteProtocolError when a stream has ended and something is missing."""
     postcopy_save: PostcopySavePort
     postcopy_load: PostcopyLoadPort
+    multifd_save: MultifdSavePort
+    multifd_load: MultifdLoadPort
     emit: Emit
     clock: Callable[[], float]
     log: FilteringBoundLogger

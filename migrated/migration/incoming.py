@@ -27,6 +27,7 @@ from migrated.errors import (
     PreflightBlocked,
     RemoteProtocolError,
 )
+from migrated.migration.data_arrivals import DataArrivals
 from migrated.migration.handover import TargetHandover
 from migrated.migration.handshake import read_any_preamble
 from migrated.migration.host import Host, Settings, first_error, insist, without_frames
@@ -45,12 +46,7 @@ from migrated.transport.channel import Channel
 from migrated.transport.tls_channel import names_of
 from migrated.wire.command import PEER_PING, Command, check_command, parse_ping
 from migrated.wire.postcopy import parse_packaged
-from migrated.wire.section import (
-    CommandHeader,
-    EndOfFile,
-    SectionHeader,
-    parse_element,
-)
+from migrated.wire.section import CommandHeader, EndOfFile, SectionHeader, parse_element
 
 
 class IncomingMigration:
@@ -61,6 +57,7 @@ class IncomingMigration:
         host: Host,
         progress: Progress,
         channel: Channel,
+        pages: DataArrivals,
         *,
         migration_id: str,
         autostart: Callable[[], bool] = lambda: True,
@@ -72,6 +69,7 @@ class IncomingMigration:
         self._before = before
         """One that is still here, and is not heard any more: this connection may be about it, or take its place."""
         self._on_begin = on_begin
+        self._pages = pages
         self._progress = progress
         self.migration_id = migration_id
         self.status = StatusCell(INCOMING, self._status_changed)
@@ -198,6 +196,7 @@ class IncomingMigration:
         finally:
             if self.touched:
                 self._progress.finish()
+                self._host.multifd_load.end()
                 await insist(self._cleanup)
             self._preflight.release()
             await self._link.close()
@@ -341,11 +340,10 @@ class IncomingMigration:
             await host.registry.load_setup(self._link.stream)
             if self.postcopy.advised:
                 host.postcopy_load.advise()
-        if self._group is not None:
-            self._watchers = [
-                self._group.create_task(host.machine.arrival_lost()),
-                self._group.create_task(self._preflight.keep_reservation()),
-            ]
+        if (group := self._group) is not None:
+            watched = (host.machine.arrival_lost(), self._preflight.keep_reservation())
+            self._watchers = [group.create_task(watch) for watch in watched]
+            self._watchers += await self._pages.begin(group, self._link, self.settings, self.handover.checked)
         self._progress.setup_done()
         await host.fault_point("target.load")
         if self._link.kind is not PeerKind.MIGRATED:

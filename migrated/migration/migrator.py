@@ -12,6 +12,7 @@ from typing import Any
 
 from migrated.errors import CommandError
 from migrated.migration import report
+from migrated.migration.data_arrivals import DataArrivals
 from migrated.migration.descriptors import Descriptors
 from migrated.migration.handshake import begins_stream
 from migrated.migration.history import History
@@ -31,13 +32,14 @@ from migrated.migration.listening import Listening
 from migrated.migration.outgoing import OutgoingMigration
 from migrated.migration.preflight_source import dry_run
 from migrated.migration.progress import Progress
+from migrated.migration.reception import Reception
 from migrated.migration.recovery import Dial, dialling
 from migrated.migration.requests import Requests
 from migrated.migration.settlement import Settler
 from migrated.model.handover import Event, Hold
 from migrated.model.runstate import RunState
-from migrated.model.status import ENDED, PAUSABLE, POSTCOPY, MigrationStatus, is_running
-from migrated.transport.address import Address, parse_address
+from migrated.model.status import PAUSABLE, POSTCOPY, MigrationStatus, is_running
+from migrated.transport.address import Address, TcpAddress, UnixAddress, parse_address
 from migrated.transport.channel import Channel
 from migrated.transport.tls_channel import names_of
 from migrated.transport.trust import Trust
@@ -74,11 +76,16 @@ class Migrator:
         self.settler = Settler(host, spawn, lambda address: self._dialling(parse_address(address)))
         self._asking = False
         self._requests = Requests(host)
-        self._second: Channel | None = None
+        self._reception = Reception(host, spawn, self._receive, lambda: self._incoming)
         self.descriptors = Descriptors()
         """Under names, for ``fd:`` URIs."""
         self._listening = Listening(
-            host, allow=allow, trust=trust, fds=self.descriptors, receive=self._receive, second=self._take_second
+            host,
+            allow=allow,
+            trust=trust,
+            fds=self.descriptors,
+            receive=self._reception.receive,
+            second=self._reception.take,
         )
         self._autostart = True
         """False after a `stop` while a machine is awaited: it is to arrive paused, as QEMU has it."""
@@ -109,7 +116,9 @@ class Migrator:
     def set_capabilities(self, changes: dict[str, bool]) -> None:
         """Change capabilities, all or none. Raises CommandError; refused while a migration runs."""
         self._require_idle()
-        self._host.settings.capabilities = self._host.settings.capabilities.replace(changes)
+        changed = self._host.settings.capabilities.replace(changes)
+        changed.refuse_conflicts()
+        self._host.settings.capabilities = changed
 
     def set_parameters(self, changes: dict[str, object]) -> None:
         """Change parameters, all or none. Raises CommandError."""
@@ -149,6 +158,9 @@ class Migrator:
         handlers = await self._host.registry.device_names(besides=OPTIONAL_SECTIONS)
         self._require_idle()
         address = parse_address(uri)
+        self._host.settings.capabilities.refuse_conflicts()  # those of the configuration
+        if self._host.settings.enabled("multifd") and not isinstance(address, TcpAddress | UnixAddress):
+            raise CommandError("multifd is not supported by current protocol")
         require_machine_here(self._host)
         require_something(self._host, handlers)
         return address
@@ -224,22 +236,7 @@ class Migrator:
         """Listen for machines on ``uri``. A machine that comes while one runs here is refused. Raises CommandError."""
         await self._listening.open(uri)
 
-    def _take_second(self, channel: Channel) -> bool:
-        """Take a second connection, for requested pages, if there may be one."""
-        last = self._incoming
-        whose = self._host if last is None or last.status.value in ENDED else last
-        if not whose.settings.enabled("postcopy-preempt") or self._second is not None:
-            return False
-        self._second = channel  # the job of the first may not have begun yet
-        return self._hand_over_second()
-
-    def _hand_over_second(self) -> bool:
-        if self._second is None or self._incoming is None or self._incoming.status.value in ENDED:
-            return self._second is not None
-        second, self._second = self._second, None
-        return self._incoming.postcopy.take_second(second)
-
-    async def _receive(self, channel: Channel) -> None:
+    async def _receive(self, channel: Channel, pages: DataArrivals) -> None:
         before = self._incoming
         waiting = before if before is not None and before.waits else None
         busy = waiting is None and (self.busy or self._jobs.active is not None)
@@ -249,12 +246,14 @@ class Migrator:
             return
         if waiting is not None and waiting.postcopy.paused and not await begins_stream(channel, self._host):
             waiting.postcopy.resume(channel)
+            self._reception.began()
             await waiting.postcopy.released.wait()
             return
         incoming = IncomingMigration(
             self._host,
             self._incoming_progress,
             channel,
+            pages,
             migration_id=uuid.uuid4().hex,
             autostart=lambda: self._autostart,
             before=waiting,
@@ -273,7 +272,7 @@ class Migrator:
 
     def _begin(self, incoming: IncomingMigration) -> None:
         self._incoming = incoming
-        self._hand_over_second()
+        self._reception.began()
 
     def _comes(self, incoming: IncomingMigration) -> None:
         self._begin(incoming)
@@ -380,6 +379,7 @@ class Migrator:
     async def close(self) -> None:
         """Drain: cancel what may be cancelled, wait for what may not, stop listening, close descriptors."""
         await self._listening.close()
+        self._reception.close()
         if self._incoming is not None:
             self._incoming.cancel()
         await self._jobs.close()

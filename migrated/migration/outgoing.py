@@ -23,6 +23,7 @@ from migrated.errors import (
     PreflightBlocked,
     ProtocolError,
 )
+from migrated.migration.data_channels import DataChannels
 from migrated.migration.handover import SourceHandover
 from migrated.migration.handshake import greet
 from migrated.migration.host import Host, error_of, first_error, insist, without_frames
@@ -72,6 +73,7 @@ class OutgoingMigration:
         self._postcopy = PostcopySource(host, progress, self.status, self._pause, migration_id)
         self._postcopy_wanted = False
         self._passes = Passes(host, progress, migration_id)
+        self._pages = DataChannels(host)
         self._channel: Channel | None = None
         self._urgent: Channel | None = None
         self._pauses = Pauses()
@@ -220,15 +222,23 @@ class OutgoingMigration:
             channel.silence_timeout_s = self._host.settings.silence_timeout_s()
             if isinstance(channel, FileChannel):
                 self.kind = PeerKind.FILE
-            if all(map(self._host.settings.enabled, ("postcopy-ram", "postcopy-preempt"))):
+            if self._pages.wanted and not self._postcopy.committed:
+                await self._pages.open(dial)
+            elif self._preempts:
                 # A 7.2 expects it right behind the first: the order says which is which.
                 self._urgent = await dial()
             await self._with_channel(channel, phases)
+            await self._pages.close()
         finally:
             self._channel = None
+            self._pages.abort()
             for one in (channel, self._urgent):
                 if one is not None:
                     one.abort()
+
+    @property
+    def _preempts(self) -> bool:
+        return all(map(self._host.settings.enabled, ("postcopy-ram", "postcopy-preempt")))
 
     async def _with_channel(self, channel: Channel, phases: Phases) -> None:
         """Run the phases beside what may end them: a dying workload, a breaking return path."""
@@ -239,6 +249,7 @@ class OutgoingMigration:
                 if not self._postcopy.committed:
                     self._host.machine.watch()
                     self._watchers.append(group.create_task(self._host.machine.lost()))
+                    self._watchers.append(group.create_task(self._host.multifd_save.run()))
                 reader = self._open_return_path(channel, group) if channel.has_return_path else None
                 try:
                     await phases(f, channel)
@@ -334,6 +345,7 @@ class OutgoingMigration:
         kind = await greet(f, self._return_path, self._host)
         if self._return_path is not None:
             self.kind = kind
+        self._pages.check_peer(self.kind)
         asked = Verdict((), self.peer, self.kind)
         verdict = await preflight(self._host, f, self._return_path, asked, self.migration_id)
         for one in verdict.blockers:
@@ -342,7 +354,9 @@ class OutgoingMigration:
             )
         if not verdict.ready:
             raise PreflightBlocked(verdict.blockers)
-        if self._urgent is not None and verdict.answer is not None and not verdict.answer.preempt:
+        if self._preempts and self._pages.wanted:
+            self._urgent = await self._dial()  # it says nothing: only now does the destination expect such a one
+        elif self._urgent is not None and verdict.answer is not None and not verdict.answer.preempt:
             # It was refused: only now does the destination know that it carries requested pages.
             self._urgent.abort()
             self._urgent = await self._dial()

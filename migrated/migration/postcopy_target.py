@@ -68,7 +68,8 @@ class PostcopyTarget:
         self._read = read
         self._check_devices = check_devices
         self._state = PostcopyState.NONE
-        self._listens = asyncio.Event()
+        self.listens = asyncio.Event()
+        """Set once the machine is about to run with memory that is not here."""
         self._next_channel: asyncio.Future[Channel] | None = None
         self._second: asyncio.Future[Channel] = asyncio.get_running_loop().create_future()
         self.released = asyncio.Event()
@@ -112,7 +113,7 @@ class PostcopyTarget:
                 if isinstance(self._link.channel, SocketChannel):
                     self._link.channel.take_short_turns()
                 self.faults = self._host.postcopy_load.faults
-                self._listens.set()
+                self.listens.set()
                 await self._host.fault_point("target.listen")
             case Command.POSTCOPY_RUN:
                 self._step(PostcopyStep.RUN)
@@ -206,7 +207,7 @@ class PostcopyTarget:
 
     async def _listen(self) -> None:
         """Take memory in until all is here, over as many connections as it takes."""
-        await self._listens.wait()
+        await self.listens.wait()
         while True:
             try:
                 async with asyncio.TaskGroup() as group:

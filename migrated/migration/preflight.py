@@ -92,7 +92,8 @@ def _identity(needs: Requirements, facts: Facts) -> Iterator[Blocker]:
         yield _blocker("machine-type", text)
     if needs.name != facts.name:
         yield _blocker("machine-name", f"the machine's name is '{needs.name}', and here it is '{facts.name}'")
-    validates = facts.validates_uuid or needs.capabilities.get("validate-uuid")
+    asked = any(map(needs.capabilities.get, ("validate-uuid", "multifd")))  # the channels of multifd say it, too
+    validates = facts.validates_uuid or asked
     if validates and needs.uuid and facts.uuid and needs.uuid.lower() != facts.uuid.lower():
         yield _blocker("machine-uuid", f"the machine's UUID is {needs.uuid}, and here it is {facts.uuid}")
 

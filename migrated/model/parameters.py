@@ -81,7 +81,7 @@ CAPABILITIES: Mapping[str, Capability] = {
             fixed="without an answer nobody knows who owns the machine (only file:, exec: and pipes do without one)",
         ),
         Capability("pause-before-switchover", implemented=True),
-        Capability("multifd"),
+        Capability("multifd", implemented=True),
         Capability("dirty-bitmaps"),
         Capability("postcopy-blocktime", implemented=True),
         # Says when disks are locked; without disks there is nothing to do differently.
@@ -112,8 +112,8 @@ def _percent(name: str, default: int, high: int = 99, expects: str = _PERCENT) -
     return Parameter(name, Kind.UINT8, default, "%", 1, high, expects, implemented=True)
 
 
-def _level(name: str, high: int = 9) -> Parameter:
-    return Parameter(name, Kind.UINT8, 1, "", 0, high, f"a value between 0 and {high}")
+def _level(name: str, high: int = 9, *, implemented: bool = True) -> Parameter:
+    return Parameter(name, Kind.UINT8, 1, "", 0, high, f"a value between 0 and {high}", implemented=implemented)
 
 
 def _deadline(name: str, default: int) -> Parameter:
@@ -133,7 +133,7 @@ PARAMETERS: Mapping[str, Parameter] = {
         _announce("announce-max", 550, "ms", 0, 100_000),
         _announce("announce-rounds", 5, "", 0, 1000),
         _announce("announce-step", 100, "ms", 1, 10_000),
-        _level("compress-level"),
+        _level("compress-level", implemented=False),
         Parameter("compress-threads", Kind.UINT8, 8, "", 1, 255, _BYTE_COUNT),
         Parameter("decompress-threads", Kind.UINT8, 2, "", 1, 255, _BYTE_COUNT),
         Parameter("compress-wait-thread", Kind.BOOL, default=True),
@@ -152,14 +152,14 @@ PARAMETERS: Mapping[str, Parameter] = {
         ),
         Parameter("x-checkpoint-delay", Kind.UINT32, 20_000, "ms"),
         Parameter("block-incremental", Kind.BOOL, default=False),
-        Parameter("multifd-channels", Kind.UINT8, 2, "", 1, 255, _BYTE_COUNT),
+        Parameter("multifd-channels", Kind.UINT8, 2, "", 1, 255, _BYTE_COUNT, implemented=True),
         Parameter(
             "xbzrle-cache-size", Kind.SIZE, 64 << 20, "bytes", 4096, 2**63,
             "a power of two no less than the target page size", power_of_two=True, implemented=True,
         ),
         _rate("max-postcopy-bandwidth", implemented=True),
         _percent("max-cpu-throttle", 99, expects="an integer in the range of cpu_throttle_initial to 99"),
-        Parameter("multifd-compression", Kind.ENUM, "none", choices=("none", "zlib", "zstd")),
+        Parameter("multifd-compression", Kind.ENUM, "none", choices=("none", "zlib", "zstd"), implemented=True),
         _level("multifd-zlib-level"),
         _level("multifd-zstd-level", 20),
         Parameter("block-bitmap-mapping", Kind.LIST, None),
@@ -180,8 +180,10 @@ PARAMETERS: Mapping[str, Parameter] = {
 
 #: What a destination takes over from a `migrated` source for one migration. Not what decides about the destination's
 #: own safety: which sources it believes, what it loads.
-ADOPTED_CAPABILITIES = frozenset({"postcopy-ram", "postcopy-preempt", "postcopy-blocktime", "validate-uuid"})
-ADOPTED_PARAMETERS = frozenset({"x-migrated-answer-timeout", "x-migrated-silence-timeout"})
+ADOPTED_CAPABILITIES = frozenset({"multifd", "postcopy-ram", "postcopy-preempt", "postcopy-blocktime", "validate-uuid"})
+ADOPTED_PARAMETERS = frozenset(
+    {"multifd-channels", "multifd-compression", "x-migrated-answer-timeout", "x-migrated-silence-timeout"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +199,11 @@ class Capabilities:
     def all(self) -> dict[str, bool]:
         """Return every capability in QEMU's order."""
         return {name: self.get(name) for name in CAPABILITIES}
+
+    def refuse_conflicts(self) -> None:
+        """Raise ArgumentError where two that are on do not go together (QEMU's check since 8.2, and its text)."""
+        if self.get("multifd") and self.get("xbzrle"):
+            raise ArgumentError("Multifd is not compatible with xbzrle")
 
     def replace(self, changes: Mapping[str, bool]) -> Capabilities:
         """Return these capabilities with ``changes``. Raises ArgumentError, and then nothing has changed."""

@@ -9,9 +9,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from migrated.kernel.rows import write_rows
 from migrated.model.bitmap import PageBitmap
 from migrated.savevm.ports import RamBlockPort
 from migrated.wire.ram import PAGE
+
+#: Below this mean length, single pages are stored through the mapping instead of one pwritev per run.
+SHORT_RUN_PAGES = 8
 
 
 class Arrivals:
@@ -52,6 +56,21 @@ class Arrivals:
             self._settle()
             self._run = range(start, start)
         self._run = range(self._run.start, end)
+
+    def land(self, pages: NDArray[np.int64], rows: NDArray[np.uint8]) -> None:
+        """Put pages into memory that nobody uses yet, and add them. Raises KernelError."""
+        breaks = (np.flatnonzero(np.diff(pages) != 1) + 1).tolist()
+        if not breaks:
+            first = int(pages[0])
+            write_rows(self.block.memfd, rows, first * PAGE)
+            self.add_run(first, first + len(pages))
+            return
+        if len(pages) < SHORT_RUN_PAGES * (len(breaks) + 1):
+            self.block.pages[pages] = rows
+        else:
+            for start, end in zip([0, *breaks], [*breaks, len(pages)], strict=True):
+                write_rows(self.block.memfd, rows[start:end], int(pages[start]) * PAGE)
+        self.add_pages(pages)
 
     def add_page(self, page: int) -> None:
         """Add one page that holds data."""

@@ -26,12 +26,12 @@ from numpy.typing import NDArray
 from migrated.errors import KernelError, MigratedError, RemoteProtocolError, WorkloadError
 from migrated.kernel import userfault, userfault_place
 from migrated.kernel.memory import SHMEM_HUGE_UNASKED, punch_hole, shmem_huge_pages
-from migrated.kernel.rows import write_rows
 from migrated.model.faults import FaultFigures
 from migrated.model.ramblock import RamBlock, check_block_list
 from migrated.model.stats import RamStats
 from migrated.ram.arrivals import Arrivals
 from migrated.ram.fault_service import FaultService
+from migrated.ram.multifd_load import MultifdLoad
 from migrated.ram.place import copy_pages
 from migrated.savevm.ports import MachinePort, RamBlockPort, TrackedMapping
 from migrated.stream.incoming import IncomingStream
@@ -48,8 +48,6 @@ from migrated.wire.ram import (
 )
 from migrated.wire.xbzrle import apply_delta
 
-#: Below this mean length, single pages are stored through the mapping instead of one pwritev per run.
-SHORT_RUN_PAGES = 8
 #: One UFFDIO_COPY: long enough that what is done in Python for it hardly counts.
 COPY_PAGES = 128
 #: The same while threads wait again and again.
@@ -66,6 +64,8 @@ class RamLoad:
         attach_timeout_s: Callable[[], float],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.channels = MultifdLoad()
+        """For pages alone, where there are some."""
         self._machine = machine
         self._stats = stats
         self._attach_timeout_s = attach_timeout_s
@@ -97,6 +97,7 @@ class RamLoad:
                 "the ram section has another version", section="ram", expected=str(RAM_VERSION), found=str(version_id)
             )
         await self._load(f, self._parser)
+        await self.channels.sync()
 
     async def _load(self, f: IncomingStream, parser: RamParser) -> None:
         while not await self._load_some(f, parser):
@@ -177,6 +178,7 @@ class RamLoad:
         self._service = FaultService(blocks, self._is_received, request, self._clock)
         self.faults = self._service.figures
         self._service.start()
+        self.channels.listen()
 
     async def load_urgent(self, f: IncomingStream) -> None:
         """Place what was requested: whole pages where they arrive, whatever else there is in its turn."""
@@ -284,25 +286,21 @@ class RamLoad:
             await asyncio.to_thread(punch_hole, block.memfd, 0, block.size_bytes)
             self._arrivals[name] = Arrivals(block)
         self._parser.blocks = dict(announced.blocks)
+        self.channels.accept(self._parser.blocks, self._land)
 
     async def _place_pages(self, run: PageRun) -> None:
-        arrivals, pages = self._arrivals[run.block], run.pages
-        breaks = np.flatnonzero(np.diff(pages) != 1) + 1
-        if self._service is not None:
-            for start, end in zip([0, *breaks.tolist()], [*breaks.tolist(), len(pages)], strict=True):
-                await self._copy_run(arrivals, int(pages[start]), run.data[start:end])
-        elif not len(breaks):
-            first = int(pages[0])
-            write_rows(arrivals.block.memfd, run.data, first * PAGE)
-            arrivals.add_run(first, first + len(pages))
-        elif len(pages) < SHORT_RUN_PAGES * (len(breaks) + 1):
-            arrivals.block.pages[pages] = run.data
-            arrivals.add_pages(pages)
-        else:
-            for start, end in zip([0, *breaks.tolist()], [*breaks.tolist(), len(pages)], strict=True):
-                write_rows(arrivals.block.memfd, run.data[start:end], int(pages[start]) * PAGE)
-            arrivals.add_pages(pages)
-        self._account(len(pages))
+        if self._service is None:
+            self._land(run)
+            return
+        breaks = (np.flatnonzero(np.diff(run.pages) != 1) + 1).tolist()
+        for start, end in zip([0, *breaks], [*breaks, len(run.pages)], strict=True):
+            await self._copy_run(self._arrivals[run.block], int(run.pages[start]), run.data[start:end])
+        self._account(len(run.pages))
+
+    def _land(self, run: PageRun) -> None:
+        """Place pages in a machine that does not run yet."""
+        self._arrivals[run.block].land(run.pages, run.data)
+        self._account(len(run.pages))
 
     def _apply(self, event: PageDelta) -> None:
         arrivals = self._arrivals[event.block]

@@ -29,6 +29,7 @@ from migrated.model.bitmap import PageBitmap
 from migrated.model.stats import DeltaStats, RamStats
 from migrated.ram.deltas import Deltas
 from migrated.ram.dirty import DirtyLog, StrayWrite
+from migrated.ram.multifd_save import MultifdSave
 from migrated.ram.page_sender import PageSender
 from migrated.ram.page_server import PageServer
 from migrated.ram.unsent import Unsent
@@ -78,12 +79,14 @@ class RamSave:
         self._stats = stats
         self._on_sync = on_sync
         self._clock = clock
+        self.channels = MultifdSave(stats)
         self._reset()
 
     def _reset(self) -> None:
         self._unsent = Unsent([])
         self._log: DirtyLog | None = None
-        self._sender = PageSender(self._stats, 0)
+        self._main_sender = PageSender(self._stats, 0)
+        self._sender: PageSender | MultifdSave = self._main_sender
         self._check: asyncio.Future[StrayWrite | None] | None = None
         """Whether the machine really stands still: begun in `begin_postcopy`, beside everything else."""
         self._holes_unknown = False
@@ -100,7 +103,7 @@ class RamSave:
         self._reset()
         blocks = list(self._machine.ram_blocks())
         self._unsent = Unsent(blocks)
-        self._sender = PageSender(self._stats, CHUNK_BYTES)
+        self._sender = self.channels if self.channels.active else PageSender(self._stats, CHUNK_BYTES)
         self._log = DirtyLog(blocks)
         self._stats.total = sum(block.size_bytes for block in blocks)
         self._stats.page_size = PAGE
@@ -109,6 +112,8 @@ class RamSave:
             self._unsent.split(block.name, *await asyncio.to_thread(_split_holes, block))
         self._update_remaining()
         self._synced(0)
+        if self.channels.active:
+            await self.channels.sync(f)
         f.put_buffer(encode_block_list([(block.name, block.size_bytes) for block in blocks]))
 
     async def save_live_pending(self, f: OutgoingStream, opaque: Any, threshold_size: int) -> Pending:
@@ -141,14 +146,20 @@ class RamSave:
         done = False
         while not done:
             if server is not None and not server.apart:
-                await server.send_requested(f, self._sender)
+                await server.send_requested(f, self._main_sender)
             if self._only_requests or f.rate_limit_exceeded() or self._clock() >= deadline:
                 break
             if server is not None:
                 await server.let_background()
             done = not await self._send_chunk(f)
-        f.put_buffer(EOS)
+        await self._end_section(f)
         return done
+
+    async def _end_section(self, f: OutgoingStream) -> None:
+        """End a section, behind everything that channels carry of it; in postcopy they carry nothing."""
+        if self.channels.active and self._server is None:
+            await self.channels.sync(f)
+        f.put_buffer(EOS)
 
     async def _find_holes(self) -> None:
         self._holes_unknown = False
@@ -166,7 +177,7 @@ class RamSave:
             self._sender.deltas.keeps = False
         while await self._send_chunk(f):
             pass
-        f.put_buffer(EOS)
+        await self._end_section(f)
         await self.require_stopped()
 
     async def save_live_complete_postcopy(self, f: OutgoingStream, opaque: Any) -> None:
@@ -268,7 +279,7 @@ class RamSave:
 
     def _begin_sending(self, *, preempt: bool) -> None:
         """Begin as on a new connection: nobody knows the last block, nothing is requested."""
-        self._sender = PageSender(self._stats, POSTCOPY_CHUNK_BYTES)
+        self._sender = self._main_sender = PageSender(self._stats, POSTCOPY_CHUNK_BYTES)
         self._server = PageServer(self._unsent, self._stats, self._clock, apart=preempt)
         self._unsent.rewind()
         self._everything.clear()

@@ -19,6 +19,8 @@ from migrated.model.faults import FaultFigures
 from migrated.model.runstate import RunState
 from migrated.stream.incoming import IncomingStream
 from migrated.stream.outgoing import OutgoingStream
+from migrated.transport.channel import Channel
+from migrated.wire.multifd import PacketFlag
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +279,50 @@ class PostcopySavePort(Protocol):
 
         Raises RemoteProtocolError for a range that makes no sense.
         """
+        ...
+
+
+class MultifdSavePort(Protocol):
+    """The source's channels for pages."""
+
+    def begin(self, channels: Sequence[Channel], method: PacketFlag, level: int) -> None:
+        """Send pages over these from the next setup on, packed by ``method``."""
+        ...
+
+    async def run(self) -> None:
+        """Send what is given to them, until this is cancelled."""
+        ...
+
+    def end(self) -> None:
+        """Forget them. Twice does no harm."""
+        ...
+
+
+class MultifdLoadPort(Protocol):
+    """The destination's channels for pages."""
+
+    def begin(
+        self,
+        channels: Sequence[Channel],
+        method: PacketFlag,
+        silence_timeout_s: Callable[[], float],
+        *,
+        checked: bool,
+        from_qemu: bool,
+    ) -> None:
+        """Take pages from these, packed by ``method``. ``checked``: every packet has a checksum."""
+        ...
+
+    async def receive(self) -> None:
+        """Receive until all have ended. Raises RemoteProtocolError, ChannelError."""
+        ...
+
+    def received_bytes(self) -> int:
+        """Return how much has come over them."""
+        ...
+
+    def end(self) -> None:
+        """Forget them. Twice does no harm."""
         ...
 
 

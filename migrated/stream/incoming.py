@@ -73,6 +73,8 @@ class IncomingStream:
         self._front_since_s = 0.0
         self.idle_timeout_s: float | None = None
         """How long the peer may be silent between two elements; None = for ever."""
+        self.received_elsewhere: Callable[[], int] = lambda: 0
+        """How much has come on other channels of this migration: while that grows, silence here is none."""
         self.section = "stream header"
         """Where in the stream we are, for errors."""
 
@@ -150,12 +152,23 @@ class IncomingStream:
         silence_s = self._silence_timeout_s()
         left_s = self._patience_left_s(silence_s)
         try:
-            count = await self._receive(min(silence_s, left_s))
+            count = await self._receive_in_time(min(silence_s, left_s))
         except ChannelTimeout as error:
             if silence_s <= left_s:
                 raise
             raise self._too_slow() from error
         self._take(count)
+
+    async def _receive_in_time(self, deadline_s: float | None) -> int:
+        """Receive while something comes, here or elsewhere."""
+        while True:
+            elsewhere = self.received_elsewhere()
+            try:
+                return await self._receive(deadline_s)
+            except ChannelTimeout:
+                if self.received_elsewhere() == elsewhere:
+                    raise
+                self._front_since_s = time.monotonic()
 
     async def _receive(self, deadline_s: float | None) -> int:
         """Receive behind what is buffered. Only a partial record is ever moved: the bulk parser consumes all others."""
@@ -217,7 +230,7 @@ class IncomingStream:
     async def wait_for_element(self) -> None:
         """Wait, for up to `idle_timeout_s`, until at least one byte of the next element is here."""
         if self._start == self._end:
-            self._take(await self._receive(self.idle_timeout_s))
+            self._take(await self._receive_in_time(self.idle_timeout_s))
 
     async def take_at_once(self, take: Callable[[memoryview], int]) -> None:
         """Have ``take`` consume what arrives, where it arrives; return when it leaves something.

@@ -132,6 +132,10 @@ class OutgoingStream:
 
     def _account(self, count: int) -> None:
         self._flushed += count
+        self.account(count)
+
+    def account(self, count: int) -> None:
+        """Count bytes that were handed to the network, here or on another channel of this migration."""
         self._meter.account(count)
         self._on_sent(count)
 

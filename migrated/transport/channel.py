@@ -246,7 +246,7 @@ class SocketChannel:
         """Let others have their turn more often: what they do is more urgent than throughput."""
         self._turn.bytes = SHORT_TURN_BYTES
 
-    async def peek(self, deadline_s: float) -> bytes:
+    async def peek(self, deadline_s: float | None) -> bytes:
         """Return the first byte that will be received, b"" at the end of the stream. Raises as `receive_into` does."""
         while True:
             try:

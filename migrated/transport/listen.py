@@ -153,9 +153,7 @@ class Listener:
         if not self.busy:
             self.busy, self._names = True, names_of(channel)
             group.create_task(self._handle(channel))
-        elif names_of(channel) == self._names and self._second(channel):
-            self._log.info("second_channel", peer=channel.peer)
-        else:
+        elif names_of(channel) != self._names or not self._second(channel):
             self._log.warning("connection_refused", peer=channel.peer, reason=BUSY)
             with contextlib.suppress(ChannelError):
                 await channel.close()
@@ -215,9 +213,9 @@ async def listen(
 ) -> Listener:
     """Listen on ``address``; ``exec:``, ``fd:`` and ``file:`` produce exactly one channel.
 
-    ``second`` is asked to take a connection of the same peer that comes while one is handled; it is refused where that
-    returns False. ``trust`` is asked for each connection; ``cleartext_answer`` is what a source is told that sends a
-    stream where TLS is spoken.
+    ``second`` is asked to take a connection of the same peer that comes while one is handled, and has it from then on;
+    it is refused where that returns False. ``trust`` is asked for each connection; ``cleartext_answer`` is what a
+    source is told that sends a stream where TLS is spoken.
     ``allow`` lists the IP addresses or networks that may connect by TCP; empty allows all. Raises ChannelError when
     the address cannot be had, CommandError for an impossible ``allow``, and what ``fds`` raises.
     """

@@ -271,7 +271,7 @@ class TlsChannel(SocketChannel):
             await self._wait(lambda limit_s: self._readiness.readable(limit_s, taken), deadline_s, "receiving")
         return left
 
-    async def peek(self, deadline_s: float) -> bytes:
+    async def peek(self, deadline_s: float | None) -> bytes:
         """Return the first byte that will be received, b"" at the end of the stream. Raises as `receive_into` does."""
         if not self._plain:
             byte = bytearray(1)

@@ -14,7 +14,19 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.bench import dirty, downtime, faults, handover, postcopy, service, snapshot, throughput, tls, untouched
+from tests.bench import (
+    dirty,
+    downtime,
+    faults,
+    handover,
+    multifd,
+    postcopy,
+    service,
+    snapshot,
+    throughput,
+    tls,
+    untouched,
+)
 from tests.bench.case import Bench, Case
 from tests.bench.figures import Figure, show
 from tests.bench.host import describe
@@ -22,6 +34,7 @@ from tests.bench.qemu import version
 
 CASES: dict[str, Case] = {
     "bulk": throughput.run,
+    "multifd": multifd.run,
     "untouched": untouched.run,
     "downtime": downtime.run,
     "handover": handover.run,

@@ -53,6 +53,12 @@ def random_file(directory: Path, size_bytes: int, *, zero_bytes: int = 0) -> Ite
         path.unlink(missing_ok=True)
 
 
+def cpu_s(pid: int) -> float:
+    """Return the processor time that a process has used, in the kernel's steps of 10 ms."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def describe() -> dict[str, object]:
     """Return what the numbers depend on."""
     with Path("/proc/cpuinfo").open() as cpuinfo:

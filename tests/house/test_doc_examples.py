@@ -162,7 +162,7 @@ def test_capabilities() -> None:
 
 def test_parameters() -> None:
     documented = {name: cells[:2] for name, cells in table("operator-guide.md", "Parameters").items()}
-    kinds = {bool: "switch", str: "text"}
+    kinds = {bool: "switch", str: "text", int: "number"}
     assert documented == {
         row.name: [row.unit or kinds[type(row.default)], shown(row.default)]
         for row in PARAMETERS.values()

@@ -30,6 +30,7 @@ CONFIG = """
 [machine]
 name = "{name}"
 type = "{machine_type}"
+{uuid}
 [paths]
 runtime = "{directory}/run"
 state = "{directory}/state"
@@ -57,6 +58,7 @@ class HoldingSite:
         devices: Mapping[str, int] | None = None,
         incoming: str | None = "tcp:127.0.0.1:0",
         machine_type: str = "none",
+        uuid: str = "",
         parameters: Mapping[str, object] | None = None,
         attach_timeout_s: float = 30,
         config: str = "",
@@ -69,6 +71,7 @@ class HoldingSite:
         self._config = CONFIG.format(
             name=name,
             machine_type=machine_type,
+            uuid=f'uuid = "{uuid}"' if uuid else "",
             directory=self.directory,
             incoming=f'incoming = "{incoming}"' if incoming else "",
             parameters="\n".join(f"{key} = {json.dumps(value)}" for key, value in (parameters or {}).items()),

@@ -355,9 +355,9 @@ async def test_capabilities(ctl: Ctl) -> None:
     assert ran == Ran(0, "events=on\nauto-converge=on\nvalidate-uuid=off\n", "")
     shown = (await ctl.run("capabilities", "events=off", "--json")).json
     assert (shown["events"], shown["auto-converge"]) == (False, True)
-    ran = await ctl.run("capabilities", "multifd=on")
+    ran = await ctl.run("capabilities", "compress=on")
     assert ran == Ran(
-        3, "", "migratectl: Capability 'multifd' is not implemented by this version of migrated [argument-invalid]\n"
+        3, "", "migratectl: Capability 'compress' is not implemented by this version of migrated [argument-invalid]\n"
     )
     for word in ("events", "events=maybe", "=on"):
         assert (await ctl.run("capabilities", word)).code == 2

@@ -135,8 +135,8 @@ async def test_capabilities(control: Control, peer: QmpPeer) -> None:
 
     assert await peer.execute("migrate-set-capabilities", change(events=True, auto_converge=True)) == {"return": {}}
     assert control.migrator.capabilities.get("auto-converge")
-    refused = await peer.execute("migrate-set-capabilities", change(events=False, multifd=True))
-    assert refused["error"]["desc"] == "Capability 'multifd' is not implemented by this version of migrated"
+    refused = await peer.execute("migrate-set-capabilities", change(events=False, compress=True))
+    assert refused["error"]["desc"] == "Capability 'compress' is not implemented by this version of migrated"
     assert control.migrator.capabilities.get("events")  # all or none
 
 

@@ -81,6 +81,7 @@ INACTIVE = SectionNeed("cpu", 0, 9, live=False, active=False)
         (NEEDS, replace(FACTS, uuid=OTHER), []),
         (NEEDS, replace(FACTS, uuid=OTHER, validates_uuid=True), ["machine-uuid"]),
         (needs(capabilities={"validate-uuid": True}), replace(FACTS, uuid=OTHER), ["machine-uuid"]),
+        (needs(capabilities={"multifd": True}), replace(FACTS, uuid=OTHER), ["machine-uuid"]),
         (needs(capabilities={"validate-uuid": True}), replace(FACTS, uuid=UUID.upper()), []),
         (needs(capabilities={"validate-uuid": True}), replace(FACTS, uuid=None), []),
         (NEEDS, replace(FACTS, blocks={}), ["block-missing"]),
@@ -95,7 +96,7 @@ INACTIVE = SectionNeed("cpu", 0, 9, live=False, active=False)
         (NEEDS, replace(FACTS, expected=("globalstate/0",)), []),
         (needs(sections=[INACTIVE]), replace(FACTS, versions={}), []),
         (
-            needs(capabilities={"multifd": True, "rdma-pin-all": False, "colour": True}),
+            needs(capabilities={"compress": True, "rdma-pin-all": False, "colour": True}),
             FACTS,
             ["capability-unknown"] * 2,
         ),
@@ -119,7 +120,7 @@ def test_all_at_once_and_in_an_order_that_stays() -> None:
         FACTS, cannot_receive=OWNER, machine_type="pc", blocks={}, versions={}, expected=("disk/0",), free_bytes=0,
         record=[FULL], clock_ms=0,
     )  # fmt: skip
-    blockers = find_blockers(needs(protocol=9, name="db", capabilities={"multifd": True}), facts)
+    blockers = find_blockers(needs(protocol=9, name="db", capabilities={"compress": True}), facts)
     assert [blocker.id for blocker in blockers] == [
         "protocol-version", "machine-here", "machine-type", "machine-name", "block-missing", "section-missing",
         "section-missing", "section-not-sent", "capability-unknown", "memory-short", "state-disk-full", "clock-skew",

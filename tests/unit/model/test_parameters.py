@@ -167,7 +167,7 @@ def test_all_or_nothing() -> None:
         ("multifd-compression", "lz4", "Parameter 'multifd-compression' does not accept value 'lz4'"),
         ("block-bitmap-mapping", 1, "Invalid parameter type for 'block-bitmap-mapping', expected: array"),
         ("block-bitmap-mapping", [], f"Parameter 'block-bitmap-mapping' {NOT_HERE}"),
-        ("multifd-compression", "zstd", f"Parameter 'multifd-compression' {NOT_HERE}"),
+        ("block-incremental", True, f"Parameter 'block-incremental' {NOT_HERE}"),
         ("tls-creds", "tls0", f"Parameter 'tls-creds' {NOT_HERE}"),
         ("compress-level", 2, f"Parameter 'compress-level' {NOT_HERE}"),
         ("warp", 9, "Parameter 'warp' is unexpected"),
@@ -216,3 +216,10 @@ def test_anything_is_taken_whole_or_refused(changes: dict[str, object]) -> None:
     assert after.all().keys() == Parameters().all().keys()
     for name, value in after.all().items():
         assert type(value) is type(PARAMETERS[name].default)
+
+
+def test_capabilities_that_do_not_go_together() -> None:
+    one = Capabilities().replace({"multifd": True})
+    one.refuse_conflicts()
+    with pytest.raises(CommandError, match="Multifd is not compatible with xbzrle"):
+        one.replace({"xbzrle": True}).refuse_conflicts()

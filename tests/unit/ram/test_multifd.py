@@ -1,0 +1,286 @@
+"""Pages over channels of their own: what arrives, in which order, and what is said where it does not."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from migrated.errors import ChannelClosed, ChannelError, ChannelTimeout, MigratedError, RemoteProtocolError
+from migrated.kernel.memory import Mapping, create_memfd
+from migrated.model.stats import BandwidthMeter, RamStats
+from migrated.ram.multifd_load import MultifdLoad
+from migrated.ram.multifd_save import MultifdSave
+from migrated.savevm.ports import TrackedMapping
+from migrated.stream.outgoing import OutgoingStream
+from migrated.wire.multifd import HEAD_BYTES, PACKET_PAGES, PLAIN, PacketFlag, encode_head
+from migrated.wire.packing import METHODS
+from migrated.wire.ram import PAGE, PageRun, RamParser, ZeroRun
+from tests.support.channel import MemoryChannel
+
+PAGES = 512
+BLOCKS = {"heap": PAGES * PAGE}
+
+
+@dataclass
+class Block:
+    """A RamBlockPort that nobody else maps."""
+
+    memfd: int
+    pages: NDArray[np.uint8]
+    name: str = "heap"
+    size_bytes: int = PAGES * PAGE
+    page_size: int = PAGE
+    mappings: tuple[TrackedMapping, ...] = ()
+
+
+@pytest.fixture
+def block() -> Iterator[Block]:
+    """Every fifth page is zero; the others are full of their number."""
+    memfd = create_memfd("heap", PAGES * PAGE)
+    for page in range(PAGES):
+        if page % 5:
+            os.pwrite(memfd, bytes([page % 255 + 1]) * PAGE, page * PAGE)
+    mapping = Mapping(memfd, PAGES * PAGE)
+    yield Block(memfd, np.frombuffer(mapping.view, np.uint8).reshape(PAGES, PAGE))
+    mapping.close()
+    os.close(memfd)
+
+
+class Target:
+    """What came, by page, and what was said against it."""
+
+    def __init__(self) -> None:
+        self.load = MultifdLoad()
+        self.pages: dict[int, bytes] = {}
+        self.error: MigratedError | None = None
+
+    def begin(
+        self,
+        channels: list[MemoryChannel],
+        method: PacketFlag = PLAIN,
+        *,
+        silence_s: float = 5.0,
+        checked: bool = False,
+    ) -> None:
+        self.load.begin(channels, method, lambda: silence_s, checked=checked, from_qemu=True)
+        self.load.accept(BLOCKS, self.place)
+
+    def place(self, run: PageRun) -> None:
+        self.pages.update(zip(run.pages.tolist(), (row.tobytes() for row in run.data), strict=True))
+
+    async def receive(self) -> None:
+        try:
+            await self.load.receive()
+        except BaseExceptionGroup as group:
+            error = group.exceptions[0]
+            assert isinstance(error, MigratedError)
+            self.error = error
+
+
+def stream(*, checked: bool = False) -> tuple[OutgoingStream, MemoryChannel]:
+    main = MemoryChannel()
+    f = OutgoingStream(main, BandwidthMeter())
+    if checked:
+        f.begin_checksums()
+    return f, main
+
+
+@asynccontextmanager
+async def running(*jobs: asyncio.Task[None]) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        for job in jobs:
+            job.cancel()
+        await asyncio.gather(*jobs, return_exceptions=True)
+
+
+def pair(cut: int = 1 << 20) -> tuple[MemoryChannel, MemoryChannel]:
+    here, there = MemoryChannel(cut=cut), MemoryChannel(cut=cut)
+    here.other = there
+    return here, there
+
+
+@pytest.mark.parametrize("checked", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("scattered", [False, True])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+async def test_pages_arrive(block: Block, channels: int, checked: bool, scattered: bool, method: PacketFlag) -> None:
+    ends = [pair(cut=70_000) for _ in range(channels)]
+    stats, target, (f, main) = RamStats(), Target(), stream(checked=checked)
+    save = MultifdSave(stats)
+    save.begin([here for here, _ in ends], method, 1)
+    target.begin([there for _, there in ends], method, checked=checked)
+    async with running(asyncio.create_task(save.run()), asyncio.create_task(target.receive())):
+        for first in range(0, PAGES, PACKET_PAGES):
+            pages = np.arange(first, first + PACKET_PAGES)
+            if scattered:
+                await save.send(f, block, pages[::2])
+                await save.send(f, block, pages[1::2])
+            else:
+                await save.send_run(f, block, first, PACKET_PAGES)
+        await save.sync(f)
+        await target.load.sync()
+    await f.drain()
+    zero = {page for page in range(PAGES) if page % 5 == 0}
+    assert target.error is None
+    assert target.pages == {page: block.pages[page].tobytes() for page in range(PAGES) if page not in zero}
+    events, _ = RamParser(BLOCKS).parse(memoryview(bytes(main.sent)))
+    assert {page for event in events if isinstance(event, ZeroRun) for page in event.pages.tolist()} == zero
+    assert (stats.normal, stats.duplicate) == (PAGES - len(zero), len(zero))
+    assert stats.multifd_bytes == sum(here.bytes_sent for here, _ in ends) == target.load.received_bytes()
+
+
+async def test_what_comes_behind_a_sync_waits_for_it(block: Block) -> None:
+    """The same page over two channels: what was sent last stays, whichever channel is faster."""
+    (here, there), (other_here, other_there) = pair(), pair()
+    target = Target()
+    target.begin([there, other_there])
+    async with running(asyncio.create_task(target.receive())):
+        there.feed(packet([7], 1) + sync() + packet([7], 3) + sync())
+        await asyncio.sleep(0)
+        other_there.feed(packet([8], 2) + sync())
+        await target.load.sync()
+        assert (target.pages[7], target.pages[8]) == (bytes([1]) * PAGE, bytes([2]) * PAGE)
+        other_there.feed(sync())
+        await target.load.sync()
+        assert target.pages[7] == bytes([3]) * PAGE
+    assert (here.bytes_sent, other_here.bytes_sent) == (0, 0)
+
+
+async def send_all(save: MultifdSave, f: OutgoingStream, block: Block) -> None:
+    for first in range(0, PAGES, PACKET_PAGES):
+        await save.send_run(f, block, first, PACKET_PAGES)
+    await save.sync(f)
+
+
+async def test_a_channel_that_breaks_is_named_where_something_is_wanted_of_it(block: Block) -> None:
+    good, _ = pair()
+    broken = MemoryChannel("there")
+    broken.feed(b"", eof=True)
+    save, (f, _) = MultifdSave(RamStats()), stream()
+    save.begin([good, broken], PLAIN, 0)
+    async with running(asyncio.create_task(save.run())):
+        with pytest.raises(ChannelClosed, match=r"multifd channel 1: closed \(peer there\)") as caught:
+            await send_all(save, f, block)
+    assert caught.value.role == "multifd 1"
+
+
+def packet(pages: list[int], fill: int, flags: PacketFlag = PLAIN) -> bytes:
+    head = np.empty(HEAD_BYTES, np.uint8)
+    encode_head(head, "heap", np.array(pages, np.int64), flags=flags)
+    return head.tobytes() + bytes([fill]) * PAGE * len(pages)
+
+
+def sync() -> bytes:
+    return packet([], 0, PacketFlag.SYNC)
+
+
+async def hears(data: bytes, *, eof: bool = True, silence_s: float = 5.0, checked: bool = False) -> Target:
+    """Feed one channel, and wait for a SYNC behind it."""
+    target, channel = Target(), MemoryChannel("there")
+    target.begin([channel], silence_s=silence_s, checked=checked)
+    channel.feed(data, eof=eof)
+    async with running(asyncio.create_task(target.receive())):
+        try:
+            await target.load.sync()
+            await asyncio.sleep(0)
+        except MigratedError as error:
+            target.error = target.error or error
+    return target
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"", "multifd channel 0: it ended before its SYNC"),
+        (packet([1], 1), "multifd channel 0: it ended before its SYNC"),
+        (packet([1], 1)[:-1], "multifd channel 0: it ended within a packet"),
+        (sync()[:7], "multifd channel 0: it ended within a packet"),
+    ],
+)
+async def test_a_channel_that_ends_too_early(data: bytes, expected: str) -> None:
+    target = await hears(data)
+    assert isinstance(target.error, ChannelError)
+    assert target.error.what == expected
+
+
+async def test_a_sync_may_be_the_last_thing_of_a_channel() -> None:
+    target = await hears(packet([3], 9) + sync())
+    assert target.error is None
+    assert target.pages == {3: bytes([9]) * PAGE}
+
+
+async def test_nonsense_is_refused_with_its_place() -> None:
+    target = await hears(packet([1], 1) + b"nonsense" * HEAD_BYTES)
+    assert isinstance(target.error, RemoteProtocolError)
+    assert target.error.what == "multifd: received packet magic 6e6f6e73 expected 11223344"
+    assert (target.error.section, target.error.offset) == ("multifd channel 0", HEAD_BYTES + PAGE)
+
+
+async def test_a_packet_without_its_checksum() -> None:
+    target = await hears(packet([1], 1) + sync(), checked=True)
+    assert isinstance(target.error, RemoteProtocolError)
+    assert "it changed on the way" in target.error.what
+    assert not target.pages
+
+
+async def test_pages_behind_listen_are_refused() -> None:
+    target, channel = Target(), MemoryChannel("there")
+    target.begin([channel])
+    target.load.listen()
+    channel.feed(packet([1], 1))
+    async with running(asyncio.create_task(target.receive())):
+        with pytest.raises(RemoteProtocolError, match="pages over a multifd channel, expected none from LISTEN on"):
+            await target.load.sync()
+    assert not target.pages
+    assert target.error is None, "a connection that breaks now pauses the migration, and does not end it"
+
+
+async def test_packed_pages_that_are_none() -> None:
+    raw = np.empty(HEAD_BYTES, np.uint8)
+    encode_head(raw, "heap", np.array([1]), flags=PacketFlag.ZSTD, size_bytes=9)
+    target, channel = Target(), MemoryChannel("there")
+    target.begin([channel], PacketFlag.ZSTD)
+    channel.feed(raw.tobytes() + b"not zstd!")
+    await target.receive()
+    assert isinstance(target.error, RemoteProtocolError)
+    assert "packed pages cannot be unpacked (zstd)" in target.error.what
+    assert target.error.section == "multifd channel 0"
+    assert not target.pages
+
+
+async def test_no_sync() -> None:
+    target = await hears(packet([1], 1), eof=False, silence_s=0.01)
+    assert isinstance(target.error, ChannelTimeout)
+    assert target.error.what == "multifd channel 0: no SYNC within 0.01 s"
+
+
+async def test_a_packet_byte_by_byte_is_no_way_to_hold_a_daemon() -> None:
+    target = Target()
+    channel = MemoryChannel("there", cut=1)
+    target.begin([channel], silence_s=1e-5)
+    channel.feed(packet([1], 1))
+    await target.receive()
+    assert isinstance(target.error, ChannelTimeout)
+    assert "multifd channel 0: the peer sends too slowly" in target.error.what
+
+
+@given(st.binary(max_size=300), st.lists(st.integers(0, PAGES * PAGE), max_size=2), st.integers(0, 200))
+async def test_any_bytes_are_pages_or_refused(noise: bytes, offsets: list[int], count: int) -> None:
+    head = bytearray(packet([0], 0)[:HEAD_BYTES])
+    head[16:20] = count.to_bytes(4, "big")
+    for number, offset in enumerate(offsets):
+        head[320 + 8 * number : 328 + 8 * number] = offset.to_bytes(8, "big")
+    target = await hears(bytes(head) + noise)
+    assert target.error is not None
+    assert set(target.pages) <= set(range(PAGES))
