@@ -14,7 +14,17 @@ PAGE_BYTES = 4096
 
 
 @dataclass(slots=True)
-class RamStats:
+class _Counters:
+    """What counts from the beginning of a migration."""
+
+    def reset(self) -> None:
+        """Begin again."""
+        for one in fields(self):
+            setattr(self, one.name, one.default)
+
+
+@dataclass(slots=True)
+class RamStats(_Counters):
     """The members of QEMU's MigrationStats that count something; sizes in bytes."""
 
     transferred: int = 0
@@ -36,11 +46,6 @@ class RamStats:
     postcopy_bytes: int = 0
     dirty_sync_missed_zero_copy: int = 0
 
-    def reset(self) -> None:
-        """Begin again."""
-        for one in fields(self):
-            setattr(self, one.name, one.default)
-
     def become(self, other: RamStats) -> None:
         """Take over what another one has counted."""
         for one in fields(self):
@@ -54,7 +59,7 @@ class RamStats:
 
 
 @dataclass(slots=True)
-class DeltaStats:
+class DeltaStats(_Counters):
     """QEMU's XBZRLECacheStats: pages sent again as deltas. Sizes in bytes; the rates are those since the beginning."""
 
     cache_size: int = 0
@@ -66,11 +71,6 @@ class DeltaStats:
     overflow: int = 0
     """Pages whose delta would have been longer."""
     looked_up: int = 0
-
-    def reset(self) -> None:
-        """Begin again."""
-        for one in fields(self):
-            setattr(self, one.name, one.default)
 
     def count(self, *, looked_up: int, known: int, overflow: int) -> None:
         """Add pages that were looked up: how many of them were known, and how many of those changed too much."""

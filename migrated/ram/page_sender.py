@@ -11,6 +11,7 @@ mapping. Pages that are zero become records of nine bytes.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,29 @@ LONG_RUN_PAGES = 8
 ZERO_PAGE = bytes(PAGE)
 #: Room for the name of a block and the head of a record.
 HEAD_BYTES = 512
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Chunk:
+    """Pages of a block, which lie in ``raw`` where their records have them."""
+
+    block: RamBlockPort
+    pages: NDArray[np.int64]
+    raw: NDArray[np.uint8]
+    offsets: range
+
+    @property
+    def content(self) -> NDArray[np.uint8]:
+        """The pages' bytes, shape (n, PAGE)."""
+        return bodies(self.raw, self.offsets)
+
+    def only(self, which: NDArray[np.bool_]) -> _Chunk:
+        """Return some of the pages, moved together."""
+        if which.all():
+            return self
+        pages, content = self.pages[which], self.content
+        content[: len(pages)] = content[which]
+        return replace(self, pages=pages, offsets=self.offsets[: len(pages)])
 
 
 class PageSender:
@@ -60,21 +84,22 @@ class PageSender:
 
     async def send(self, f: OutgoingStream, block: RamBlockPort, pages: NDArray[np.int64]) -> None:
         """Read pages and send them."""
-        offsets = self._encoder.body_offsets(block.name, len(pages))
-        self._read(block, pages, offsets)
-        await self._send_read(f, block, pages, self._chunk, offsets)
+        chunk = _Chunk(block, pages, self._chunk, self._encoder.body_offsets(block.name, len(pages)))
+        self._read(chunk)
+        await self._send_read(f, chunk)
 
     async def send_run(self, f: OutgoingStream, block: RamBlockPort, first: int, count: int) -> None:
         """Read ``count`` pages that follow each other, and send them."""
         end = first + count
         while first < end:
-            chunk, some = await self._chunk_for(f, block, end - first)
+            raw, some = await self._room_for(f, block, end - first)
             offsets = self._encoder.body_offsets(block.name, some)
-            self._read_run(block, first, chunk, offsets, self._rows_of(chunk, offsets)[:some])
-            await self._send_read(f, block, np.arange(first, first + some), chunk, offsets)
+            chunk = _Chunk(block, np.arange(first, first + some), raw, offsets)
+            _read_run(chunk, 0, self._rows_of(chunk)[:some])
+            await self._send_read(f, chunk)
             first += some
 
-    async def _chunk_for(self, f: OutgoingStream, block: RamBlockPort, count: int) -> tuple[NDArray[np.uint8], int]:
+    async def _room_for(self, f: OutgoingStream, block: RamBlockPort, count: int) -> tuple[NDArray[np.uint8], int]:
         """Return where records of up to ``count`` pages are made, and how many find room there."""
         room = await f.room()
         if room is None:
@@ -83,19 +108,17 @@ class PageSender:
             return np.frombuffer(room, np.uint8), min(count, fitting)
         return self._chunk, 1  # this one lies across two buffers
 
-    async def _send_read(
-        self,
-        f: OutgoingStream,
-        block: RamBlockPort,
-        pages: NDArray[np.int64],
-        chunk: NDArray[np.uint8],
-        offsets: range,
-    ) -> None:
-        zero = _zero_pages(chunk, offsets)
-        if len(zero):
-            await self._send_mixed(f, block, pages, chunk, offsets, zero)
-        else:
-            await self._send_data(f, block, pages, chunk, offsets)
+    async def _send_read(self, f: OutgoingStream, chunk: _Chunk) -> None:
+        zero = _zero_pages(chunk.raw, chunk.offsets)
+        if not len(zero):
+            await self._send_data(f, chunk)
+            return
+        keep = np.ones(len(chunk.pages), bool)
+        keep[zero] = False
+        if keep.any():
+            await self._send_data(f, chunk.only(keep))
+        self.put_zeros(f, chunk.block, chunk.pages[zero])
+        await f.drain()
 
     def one(self, block: RamBlockPort, page: int) -> bytes:
         """Return the record of one page that somebody waits for."""
@@ -105,82 +128,54 @@ class PageSender:
         self._stats.normal += 1
         return self._encoder.page(block.name, page, content)
 
-    async def _send_mixed(
-        self,
-        f: OutgoingStream,
-        block: RamBlockPort,
-        pages: NDArray[np.int64],
-        chunk: NDArray[np.uint8],
-        offsets: range,
-        zero: NDArray[np.int64],
-    ) -> None:
-        """Send a chunk of which some pages are zero: the others move together."""
-        keep = np.ones(len(pages), bool)
-        keep[zero] = False
-        if keep.any():
-            target = bodies(chunk, offsets)
-            target[: len(pages) - len(zero)] = target[keep]
-            await self._send_data(f, block, pages[keep], chunk, offsets[: len(pages) - len(zero)])
-        self.put_zeros(f, block, pages[zero])
-        await f.drain()
-
-    async def _send_data(
-        self,
-        f: OutgoingStream,
-        block: RamBlockPort,
-        pages: NDArray[np.int64],
-        chunk: NDArray[np.uint8],
-        offsets: range,
-    ) -> None:
+    async def _send_data(self, f: OutgoingStream, chunk: _Chunk) -> None:
         """Send pages that are not zero: whole, or what is new in them."""
         if self.deltas is None:
-            await self._send_records(f, block, pages, chunk)
+            await self._send_records(f, chunk)
             return
-        content = bodies(chunk, offsets)
-        whole, deltas = await self.deltas.split(block.name, pages, content)
+        name = chunk.block.name
+        whole, deltas = await self.deltas.split(name, chunk.pages, chunk.content)
         if whole.any():
-            if not whole.all():
-                content[: whole.sum()] = content[whole]
-            await self._send_records(f, block, pages[whole], chunk)
-        records = [self._encoder.delta(block.name, page, delta) for page, delta in deltas]
+            await self._send_records(f, chunk.only(whole))
+        records = [self._encoder.delta(name, page, delta) for page, delta in deltas]
         self.deltas.sent(records)
         f.put_buffer(b"".join(records))
         await f.drain()
 
-    async def _send_records(
-        self, f: OutgoingStream, block: RamBlockPort, pages: NDArray[np.int64], chunk: NDArray[np.uint8]
-    ) -> None:
-        used = self._encoder.page_heads(block.name, pages, chunk)
-        self._stats.normal += len(pages)
-        if chunk is self._chunk:
-            await f.send(chunk[:used].data)
+    async def _send_records(self, f: OutgoingStream, chunk: _Chunk) -> None:
+        used = self._encoder.page_heads(chunk.block.name, chunk.pages, chunk.raw)
+        self._stats.normal += len(chunk.pages)
+        if chunk.raw is self._chunk:
+            await f.send(chunk.raw[:used].data)
         else:
             await f.fill(used)
 
-    def _read(self, block: RamBlockPort, pages: NDArray[np.int64], offsets: range) -> None:
+    def _read(self, chunk: _Chunk) -> None:
         """Copy pages to where their records have them."""
+        pages = chunk.pages
         breaks = (np.flatnonzero(np.diff(pages) != 1) + 1).tolist()
         if breaks and len(pages) < LONG_RUN_PAGES * (len(breaks) + 1):
-            bodies(self._chunk, offsets)[:] = block.pages[pages]
+            chunk.content[:] = chunk.block.pages[pages]
             return
-        rows = self._rows_of(self._chunk, offsets)
+        rows = self._rows_of(chunk)
         for start, end in zip([0, *breaks], [*breaks, len(pages)], strict=True):
-            self._read_run(block, int(pages[start]), self._chunk, offsets[start:end], rows[start:end])
+            _read_run(chunk, start, rows[start:end])
 
-    def _read_run(
-        self, block: RamBlockPort, first: int, chunk: NDArray[np.uint8], offsets: range, rows: list[memoryview]
-    ) -> None:
-        if os.preadv(block.memfd, rows, first * PAGE) != len(rows) * PAGE:
-            bodies(chunk, offsets)[:] = block.pages[first : first + len(rows)]
-
-    def _rows_of(self, chunk: NDArray[np.uint8], offsets: range) -> list[memoryview]:
+    def _rows_of(self, chunk: _Chunk) -> list[memoryview]:
         """Return the bodies of a chunk as buffers; those of our own move only when a record has to name its block."""
-        view = chunk.data
-        if chunk is not self._chunk:
+        view, offsets = chunk.raw.data, chunk.offsets
+        if chunk.raw is not self._chunk:
             return [view[at : at + PAGE] for at in offsets]
         if self._rows_at.start != offsets.start or len(self._rows) < len(offsets):
             self._rows_at, self._rows = offsets, [view[at : at + PAGE] for at in offsets]
         return self._rows
+
+
+def _read_run(chunk: _Chunk, start: int, rows: list[memoryview]) -> None:
+    """Read pages that follow each other, from ``chunk.pages[start]`` on, into ``rows``."""
+    first, block = int(chunk.pages[start]), chunk.block
+    if os.preadv(block.memfd, rows, first * PAGE) != len(rows) * PAGE:
+        chunk.content[start : start + len(rows)] = block.pages[first : first + len(rows)]
 
 
 def _zero_pages(chunk: NDArray[np.uint8], offsets: range) -> NDArray[np.int64]:

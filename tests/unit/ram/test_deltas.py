@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from migrated.kernel.memory import Mapping, create_memfd
 from migrated.model.stats import BandwidthMeter, DeltaStats, RamStats
 from migrated.ram.deltas import Deltas
 from migrated.ram.page_sender import PageSender
@@ -17,29 +15,19 @@ from migrated.stream.outgoing import OutgoingStream
 from migrated.wire.ram import PAGE, PageDelta, PageRun, RamParser, ZeroRun
 from migrated.wire.xbzrle import apply_delta
 from tests.support.channel import MemoryChannel
-from tests.unit.ram.test_page_server import Block
+from tests.support.memory_block import Block, memory_block
 
 PAGES = 64
 
 
 @pytest.fixture
 def blocks() -> Iterator[list[Block]]:
-    """Two blocks, as the first and the second half of one memory."""
-    memfd = create_memfd("heap", 2 * PAGES * PAGE)
-    mapping = Mapping(memfd, 2 * PAGES * PAGE)
-    pages = np.frombuffer(mapping.view, np.uint8).reshape(-1, PAGE)
-    pages[:] = np.random.default_rng(1).integers(1, 255, pages.shape, np.uint8)
-    first = Block(memfd, pages[:PAGES], "first", PAGES * PAGE)
-    other = create_memfd("other", PAGES * PAGE)
-    second_mapping = Mapping(other, PAGES * PAGE)
-    second = Block(other, np.frombuffer(second_mapping.view, np.uint8).reshape(-1, PAGE), "second", PAGES * PAGE)
-    second.pages[:] = pages[PAGES:]
-    yield [first, second]
-    del pages, first, second
-    for one in (mapping, second_mapping):
-        one.close()
-    for fd in (memfd, other):
-        os.close(fd)
+    """Two blocks, full of anything but zero."""
+    random = np.random.default_rng(1)
+    with memory_block(PAGES, "first") as first, memory_block(PAGES, "second") as second:
+        for block in (first, second):
+            block.pages[:] = random.integers(1, 255, block.pages.shape, np.uint8)
+        yield [first, second]
 
 
 class Pair:

@@ -6,53 +6,35 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from migrated.errors import ChannelClosed, ChannelError, ChannelTimeout, MigratedError, RemoteProtocolError
-from migrated.kernel.memory import Mapping, create_memfd
 from migrated.model.stats import BandwidthMeter, RamStats
 from migrated.ram.multifd_load import MultifdLoad
 from migrated.ram.multifd_save import MultifdSave
-from migrated.savevm.ports import TrackedMapping
 from migrated.stream.outgoing import OutgoingStream
 from migrated.wire.multifd import HEAD_BYTES, PACKET_PAGES, PLAIN, PacketFlag, encode_head
 from migrated.wire.packing import METHODS
 from migrated.wire.ram import PAGE, PageRun, RamParser, ZeroRun
 from tests.support.channel import MemoryChannel
+from tests.support.memory_block import Block, memory_block
 
 PAGES = 512
 BLOCKS = {"heap": PAGES * PAGE}
 
 
-@dataclass
-class Block:
-    """A RamBlockPort that nobody else maps."""
-
-    memfd: int
-    pages: NDArray[np.uint8]
-    name: str = "heap"
-    size_bytes: int = PAGES * PAGE
-    page_size: int = PAGE
-    mappings: tuple[TrackedMapping, ...] = ()
-
-
 @pytest.fixture
 def block() -> Iterator[Block]:
     """Every fifth page is zero; the others are full of their number."""
-    memfd = create_memfd("heap", PAGES * PAGE)
-    for page in range(PAGES):
-        if page % 5:
-            os.pwrite(memfd, bytes([page % 255 + 1]) * PAGE, page * PAGE)
-    mapping = Mapping(memfd, PAGES * PAGE)
-    yield Block(memfd, np.frombuffer(mapping.view, np.uint8).reshape(PAGES, PAGE))
-    mapping.close()
-    os.close(memfd)
+    with memory_block(PAGES) as block:
+        for page in range(PAGES):
+            if page % 5:
+                os.pwrite(block.memfd, bytes([page % 255 + 1]) * PAGE, page * PAGE)
+        yield block
 
 
 class Target:

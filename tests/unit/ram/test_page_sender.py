@@ -8,13 +8,12 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from migrated.kernel.memory import Mapping, create_memfd
 from migrated.model.stats import BandwidthMeter, RamStats
 from migrated.ram.page_sender import PageSender
 from migrated.stream.outgoing import OutgoingStream
 from migrated.wire.ram import PAGE, PageRun, RamParser, ZeroRun
 from tests.support.channel import MemoryChannel
-from tests.unit.ram.test_page_server import Block
+from tests.support.memory_block import Block, memory_block
 
 PAGES = 64
 #: Room for all of them, heads included.
@@ -55,14 +54,11 @@ class LendingChannel(MemoryChannel):
 
 @pytest.fixture
 def block() -> Iterator[Block]:
-    memfd = create_memfd("heap", PAGES * PAGE)
-    for page in range(PAGES):
-        if page % 7 or page > 40:
-            os.pwrite(memfd, os.urandom(PAGE), page * PAGE)
-    mapping = Mapping(memfd, PAGES * PAGE)
-    yield Block(memfd, np.frombuffer(mapping.view, np.uint8).reshape(PAGES, PAGE), size_bytes=PAGES * PAGE)
-    mapping.close()
-    os.close(memfd)
+    with memory_block(PAGES) as block:
+        for page in range(PAGES):
+            if page % 7 or page > 40:
+                os.pwrite(block.memfd, os.urandom(PAGE), page * PAGE)
+        yield block
 
 
 async def sent(channel: MemoryChannel, block: Block) -> bytes:

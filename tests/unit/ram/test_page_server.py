@@ -7,47 +7,28 @@ import os
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from migrated.errors import RemoteProtocolError
-from migrated.kernel.memory import Mapping, create_memfd
 from migrated.model.stats import BandwidthMeter, RamStats
 from migrated.ram.page_server import BURST_S, HURRIED_CHUNK_PAGES, HURRY_S, NEAR_PAGES, PageServer
 from migrated.ram.unsent import Unsent
-from migrated.savevm.ports import TrackedMapping
 from migrated.stream.outgoing import OutgoingStream
 from migrated.transport.channel import SocketChannel
 from migrated.wire.ram import PAGE, EndOfSection, PageRun, RamParser, ZeroRun
+from tests.support.memory_block import Block, memory_block
 
 PAGES = 4096
 CHUNK = 128
 
 
-@dataclass
-class Block:
-    """A RamBlockPort that nobody else maps."""
-
-    memfd: int
-    pages: NDArray[np.uint8]
-    name: str = "heap"
-    size_bytes: int = PAGES * PAGE
-    page_size: int = PAGE
-    mappings: tuple[TrackedMapping, ...] = ()
-
-
 @pytest.fixture
 def block() -> Iterator[Block]:
-    memfd = create_memfd("heap", PAGES * PAGE)
-    for page in range(0, PAGES, 2):
-        os.pwrite(memfd, bytes([page % 255 + 1]) * PAGE, page * PAGE)
-    mapping = Mapping(memfd, PAGES * PAGE)
-    yield Block(memfd, np.frombuffer(mapping.view, np.uint8).reshape(PAGES, PAGE))
-    mapping.close()
-    os.close(memfd)
+    with memory_block(PAGES) as block:
+        for page in range(0, PAGES, 2):
+            os.pwrite(block.memfd, bytes([page % 255 + 1]) * PAGE, page * PAGE)
+        yield block
 
 
 class Bench:
