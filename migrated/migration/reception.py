@@ -45,7 +45,7 @@ class Reception:
         self._current = current
         self._arrivals = DataArrivals(host)
         self._begun = asyncio.Event()
-        self._unsorted: set[asyncio.Task[None]] = set()
+        self._unsorted: dict[asyncio.Task[None], Channel] = {}
         self._second: Channel | None = None
         """The connection for requested pages of a migration that has not begun yet."""
         self._main: asyncio.Future[Channel] | None = None
@@ -78,14 +78,17 @@ class Reception:
 
     async def _main_behind(self, channel: Channel) -> Channel:
         """Seat a channel that came before its machine, and return the connection of that. Raises ChannelError."""
-        self._main = asyncio.get_running_loop().create_future()
+        main: asyncio.Future[Channel] = asyncio.get_running_loop().create_future()
+        self._main = main
         self._first_known.set()
         limit_s = self._host.settings.silence_timeout_s()
         try:
             await self._arrivals.seat(channel)
             async with asyncio.timeout(limit_s):
-                return await self._main
+                return await main
         except TimeoutError as error:
+            if main.done() and not main.cancelled():
+                return main.result()  # at the last moment
             raise ChannelTimeout(f"no machine behind its multifd channel within {limit_s:g} s") from error
         finally:
             self._main = None
@@ -95,8 +98,8 @@ class Reception:
         if not isinstance(channel, SocketChannel) or len(self._unsorted) >= MAX_UNSORTED:
             return False
         task = self._spawn(self._sort(channel))
-        self._unsorted.add(task)
-        task.add_done_callback(self._unsorted.discard)
+        self._unsorted[task] = channel
+        task.add_done_callback(self._unsorted.pop)
         return True
 
     async def _sort(self, channel: SocketChannel) -> None:
@@ -127,8 +130,9 @@ class Reception:
 
     def close(self) -> None:
         """Sort nobody any more."""
-        for task in self._unsorted:
-            task.cancel()
+        for task, channel in self._unsorted.items():
+            if task.cancel():
+                channel.abort()  # one that has not begun to run never will
 
     # -- how it begins -----------------------------------------------------------------------------------------
 
