@@ -315,3 +315,9 @@ def _expand(starts: Pages, ends: Pages) -> Pages:
 
 def _joined(parts: list[Pages]) -> Pages:
     return parts[0] if len(parts) == 1 else np.concatenate([_NO_PAGES, *parts])
+
+
+def consecutive(pages: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Return the runs of pages that follow each other, as positions (start, end) in ``pages``."""
+    breaks = (np.flatnonzero(np.diff(pages) != 1) + 1).tolist()
+    return list(zip([0, *breaks], [*breaks, len(pages)], strict=True))

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrated.kernel.rows import write_rows
-from migrated.model.bitmap import PageBitmap
+from migrated.model.bitmap import PageBitmap, consecutive
 from migrated.savevm.ports import RamBlockPort
 from migrated.wire.ram import PAGE
 
@@ -59,16 +59,16 @@ class Arrivals:
 
     def land(self, pages: NDArray[np.int64], rows: NDArray[np.uint8]) -> None:
         """Put pages into memory that nobody uses yet, and add them. Raises KernelError."""
-        breaks = (np.flatnonzero(np.diff(pages) != 1) + 1).tolist()
-        if not breaks:
+        runs = consecutive(pages)
+        if len(runs) == 1:
             first = int(pages[0])
             write_rows(self.block.memfd, rows, first * PAGE)
             self.add_run(first, first + len(pages))
             return
-        if len(pages) < SHORT_RUN_PAGES * (len(breaks) + 1):
+        if len(pages) < SHORT_RUN_PAGES * len(runs):
             self.block.pages[pages] = rows
         else:
-            for start, end in zip([0, *breaks], [*breaks, len(pages)], strict=True):
+            for start, end in runs:
                 write_rows(self.block.memfd, rows[start:end], int(pages[start]) * PAGE)
         self.add_pages(pages)
 

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from migrated.errors import KernelError, MigratedError, RemoteProtocolError, WorkloadError
 from migrated.kernel import userfault, userfault_place
 from migrated.kernel.memory import SHMEM_HUGE_UNASKED, punch_hole, shmem_huge_pages
+from migrated.model.bitmap import consecutive
 from migrated.model.faults import FaultFigures
 from migrated.model.ramblock import RamBlock, check_block_list
 from migrated.model.stats import RamStats
@@ -292,8 +293,7 @@ class RamLoad:
         if self._service is None:
             self._land(run)
             return
-        breaks = (np.flatnonzero(np.diff(run.pages) != 1) + 1).tolist()
-        for start, end in zip([0, *breaks], [*breaks, len(run.pages)], strict=True):
+        for start, end in consecutive(run.pages):
             await self._copy_run(self._arrivals[run.block], int(run.pages[start]), run.data[start:end])
         self._account(len(run.pages))
 

@@ -24,10 +24,11 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_digest
 
 from migrated.errors import ChannelError
+from migrated.model.bitmap import consecutive
 from migrated.model.stats import RamStats
 from migrated.ram.deltas import Deltas
 from migrated.ram.multifd_load import named
-from migrated.ram.page_sender import LONG_RUN_PAGES
+from migrated.ram.page_sender import is_scattered, zero_pages
 from migrated.savevm.ports import RamBlockPort
 from migrated.stream.outgoing import OutgoingStream
 from migrated.transport.channel import Channel, SocketChannel, Turn
@@ -59,7 +60,7 @@ class _Packet:
     def read(self, block: RamBlockPort, pages: NDArray[np.int64]) -> NDArray[np.int64]:
         """Read pages as they are at this moment, and keep those that are not zero; return those that are."""
         self._read(block, pages)
-        zero = self._zero_rows(len(pages))
+        zero = zero_pages(self.rows[: len(pages)].view(np.uint64))
         self.block, self.pages = block.name, pages
         if not len(zero):
             return NO_PAGES
@@ -70,20 +71,14 @@ class _Packet:
         return pages[zero]
 
     def _read(self, block: RamBlockPort, pages: NDArray[np.int64]) -> None:
-        breaks = (np.flatnonzero(np.diff(pages) != 1) + 1).tolist()
-        if breaks and len(pages) < LONG_RUN_PAGES * (len(breaks) + 1):
+        runs = consecutive(pages)
+        if is_scattered(pages, runs):
             self.rows[: len(pages)] = block.pages[pages]
             return
-        for start, end in zip([0, *breaks], [*breaks, len(pages)], strict=True):
+        for start, end in runs:
             rows, first = self.rows[start:end], int(pages[start])
             if os.preadv(block.memfd, [rows.data], first * PAGE) != rows.nbytes:
                 rows[:] = block.pages[first : first + len(rows)]
-
-    def _zero_rows(self, count: int) -> NDArray[np.int64]:
-        """Return which of the first rows are zero. One word rules out nearly every page that is not."""
-        words = self.rows[:count].view(np.uint64)
-        maybe = np.flatnonzero(words[:, 0] == 0)
-        return maybe[~words[maybe].any(axis=1)] if len(maybe) else maybe
 
     @property
     def size_bytes(self) -> int:

@@ -11,11 +11,13 @@ mapping. Pages that are zero become records of nine bytes.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from migrated.model.bitmap import consecutive
 from migrated.model.stats import RamStats
 from migrated.ram.deltas import Deltas
 from migrated.savevm.ports import RamBlockPort
@@ -43,6 +45,13 @@ class _Chunk:
     def content(self) -> NDArray[np.uint8]:
         """The pages' bytes, shape (n, PAGE)."""
         return bodies(self.raw, self.offsets)
+
+    @property
+    def words(self) -> NDArray[np.uint64]:
+        """The same as words, shape (n, PAGE / 8)."""
+        return np.ndarray(
+            (len(self.offsets), PAGE // 8), np.uint64, self.raw, self.offsets.start, (self.offsets.step, 8)
+        )
 
     def only(self, which: NDArray[np.bool_]) -> _Chunk:
         """Return some of the pages, moved together."""
@@ -109,7 +118,7 @@ class PageSender:
         return self._chunk, 1  # this one lies across two buffers
 
     async def _send_read(self, f: OutgoingStream, chunk: _Chunk) -> None:
-        zero = _zero_pages(chunk.raw, chunk.offsets)
+        zero = zero_pages(chunk.words)
         if not len(zero):
             await self._send_data(f, chunk)
             return
@@ -153,12 +162,12 @@ class PageSender:
     def _read(self, chunk: _Chunk) -> None:
         """Copy pages to where their records have them."""
         pages = chunk.pages
-        breaks = (np.flatnonzero(np.diff(pages) != 1) + 1).tolist()
-        if breaks and len(pages) < LONG_RUN_PAGES * (len(breaks) + 1):
+        runs = consecutive(pages)
+        if is_scattered(pages, runs):
             chunk.content[:] = chunk.block.pages[pages]
             return
         rows = self._rows_of(chunk)
-        for start, end in zip([0, *breaks], [*breaks, len(pages)], strict=True):
+        for start, end in runs:
             _read_run(chunk, start, rows[start:end])
 
     def _rows_of(self, chunk: _Chunk) -> list[memoryview]:
@@ -178,9 +187,13 @@ def _read_run(chunk: _Chunk, start: int, rows: list[memoryview]) -> None:
         chunk.content[start : start + len(rows)] = block.pages[first : first + len(rows)]
 
 
-def _zero_pages(chunk: NDArray[np.uint8], offsets: range) -> NDArray[np.int64]:
-    """Return which of the pages at ``offsets`` are all zero. One word rules out nearly every page that is not."""
-    words = np.ndarray((len(offsets), PAGE // 8), np.uint64, chunk, offsets.start, (offsets.step, 8))
+def is_scattered(pages: NDArray[np.int64], runs: Sequence[tuple[int, int]]) -> bool:
+    """Say whether pages are gathered faster than they are read run by run."""
+    return len(runs) > 1 and len(pages) < LONG_RUN_PAGES * len(runs)
+
+
+def zero_pages(words: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Return which pages, a row of ``words`` each, are all zero. One word rules out nearly every page that is not."""
     maybe = np.flatnonzero(words[:, 0] == 0)
     for word in (PAGE // 16, -1):
         if len(maybe):

@@ -63,3 +63,10 @@ def content(seed: int, size: int = SIZE) -> bytes:
 def qmp_shell(socket: str) -> list[str]:
     """The command that starts qmp-shell on a socket."""
     return [sys.executable, "-c", "from qemu.qmp.qmp_shell import main; main()", "-v", socket]
+
+
+def with_content(site: HoldingSite) -> HoldingSite:
+    """Wait until a site's machine runs, and fill its memory."""
+    site.wait_event("running")
+    site.poke(qemu.BLOCK, 0, content(1))
+    return site

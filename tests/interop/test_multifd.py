@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.interop.conftest import SIZE, content
+from tests.interop.conftest import SIZE, content, with_content
 from tests.support.following import wait_until
 from tests.support.holding_site import HoldingSite, MakeSite
 from tests.support.keys import Keys, tls
@@ -27,13 +27,7 @@ def source(make_qemu: MakeQemu) -> Qemu:
 @pytest.fixture
 def site(make_site: MakeSite) -> HoldingSite:
     """A daemon whose machine runs, with content in its memory."""
-    return running(make_site("site", incoming=None))
-
-
-def running(site: HoldingSite) -> HoldingSite:
-    site.wait_event("running")
-    site.poke(BLOCK, 0, content(1))
-    return site
+    return with_content(make_site("site", incoming=None))
 
 
 def speak_multifd(channels: int, *sides: HoldingSite | Qemu, compression: str = "none") -> None:
@@ -134,7 +128,7 @@ def test_to_a_qemu_over_tls(site: HoldingSite, make_site: MakeSite, make_qemu: M
     keys = Keys(tmp_path / "keys")
     target = make_qemu("target", incoming="defer", ram=content(9))
     credentials(target, keys.host("q"), "server")
-    source = running(make_site("source", incoming=None, config=tls(keys.host("a"))))
+    source = with_content(make_site("source", incoming=None, config=tls(keys.host("a"))))
     speak_multifd(2, source, target)
     source.migrate(target.listen())
     target.wait_status({"completed"})

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.interop.conftest import content
+from tests.interop.conftest import content, with_content
 from tests.support.following import wait_until
 from tests.support.holding_site import HoldingSite, MakeSite
 from tests.support.keys import Keys, tls
@@ -29,16 +29,10 @@ def credentials(qemu: Qemu, directory: Path, endpoint: str) -> None:
     qemu.parameter("tls-creds", "tls0")
 
 
-def running(site: HoldingSite) -> HoldingSite:
-    site.wait_event("running")
-    site.poke(BLOCK, 0, content(1))
-    return site
-
-
 def test_to_a_qemu(make_site: MakeSite, make_qemu: MakeQemu, keys: Keys) -> None:
     target = make_qemu("target", incoming="defer", ram=content(9))
     credentials(target, keys.host("q"), "server")
-    source = running(make_site("source", incoming=None, config=tls(keys.host("a"))))
+    source = with_content(make_site("source", incoming=None, config=tls(keys.host("a"))))
     ours = source.migrate(target.listen())
     target.wait_status({"completed"})
     assert target.ram() == content(1)
@@ -71,7 +65,7 @@ def speak_postcopy(*sides: HoldingSite | Qemu) -> None:
 def test_postcopy_to_a_qemu(make_site: MakeSite, make_qemu: MakeQemu, keys: Keys) -> None:
     target = make_qemu("target", incoming="defer", memory="memfd")
     credentials(target, keys.host("o"), "server")
-    source = running(make_site("source", incoming=None, config=tls(keys.host("d"))))
+    source = with_content(make_site("source", incoming=None, config=tls(keys.host("d"))))
     speak_postcopy(source, target)
     source.qmp.execute("migrate", {"uri": target.listen()})
     source.qmp.execute("migrate-start-postcopy")
@@ -124,7 +118,7 @@ def test_a_qemu_that_does_not_trust_us(make_site: MakeSite, make_qemu: MakeQemu,
     mixed = keys.host("x")
     ours = mixed / "ca-cert.pem"
     ours.write_bytes(ours.read_bytes() + (other.host("y") / "ca-cert.pem").read_bytes())
-    source = running(make_site("source", incoming=None, config=tls(mixed)))
+    source = with_content(make_site("source", incoming=None, config=tls(mixed)))
     failed = source.migrate(target.listen(), "failed")
     assert "TLS-REFUSED: it ended the connection right after the handshake" in failed["error-desc"]
     assert "ours is 'x' (for x, 127.0.0.1" in failed["error-desc"]

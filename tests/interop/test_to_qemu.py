@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.interop.conftest import SIZE, content
+from tests.interop.conftest import SIZE, content, with_content
 from tests.support.following import wait_until
 from tests.support.holding_site import HoldingSite, MakeSite
 from tests.support.qemu import BLOCK, MakeQemu, Qemu
@@ -23,12 +23,6 @@ def target(make_qemu: MakeQemu) -> Qemu:
 def source(make_site: MakeSite) -> HoldingSite:
     """A daemon whose machine runs, with content in its memory."""
     return with_content(make_site("source", incoming=None))
-
-
-def with_content(site: HoldingSite) -> HoldingSite:
-    site.wait_event("running")
-    site.poke(BLOCK, 0, content(1))
-    return site
 
 
 def assert_runs_on(site: HoldingSite) -> None:

@@ -11,7 +11,6 @@ import os
 import shlex
 import signal
 import subprocess
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.container import PROPAGATE
+from tests.support.following import wait_until
 
 #: Far beyond what any step takes on a slow machine.
 DEADLINE_S = 60.0
@@ -141,11 +141,11 @@ class BootedHost:
 
     def wait_for(self, probe: Callable[[], Any], what: str) -> Any:
         """Ask until there is an answer."""
-        deadline = time.monotonic() + DEADLINE_S
-        while not (found := probe()):
-            assert time.monotonic() < deadline, f"{self.name}: never happened: {what}\n{self.console()}"
-            time.sleep(0.05)
-        return found
+        try:
+            return wait_until(probe, f"{self.name}: {what}", DEADLINE_S)
+        except AssertionError as error:
+            error.add_note(self.console())
+            raise
 
     def console(self) -> str:
         return self._console.read_text(errors="replace")[-4000:] if self._console.exists() else ""

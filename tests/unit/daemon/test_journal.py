@@ -23,15 +23,7 @@ from migrated.daemon.log import configure_log
 from migrated.migration.history import CurrentId
 from tests.support.journal import events_of, parse_fields
 
-
-@pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers, root.level
-    yield
-    logging.captureWarnings(capture=False)
-    root.handlers, root.level = handlers, level
-    structlog.reset_defaults()
+pytestmark = pytest.mark.usefixtures("restored_log")
 
 
 class Journal:

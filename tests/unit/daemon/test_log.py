@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -18,15 +17,7 @@ from structlog.typing import FilteringBoundLogger
 from migrated.daemon.config import Log
 from migrated.daemon.log import configure_log
 
-
-@pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers, root.level
-    yield
-    logging.captureWarnings(capture=False)
-    root.handlers, root.level = handlers, level
-    structlog.reset_defaults()
+pytestmark = pytest.mark.usefixtures("restored_log")
 
 
 class Terminal(io.StringIO):

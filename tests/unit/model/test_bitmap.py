@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from numpy.typing import NDArray
 
 from migrated.errors import RemoteProtocolError
-from migrated.model.bitmap import PageBitmap
+from migrated.model.bitmap import PageBitmap, consecutive
 
 #: Around word boundaries, and many words.
 SIZES = st.sampled_from([0, 1, 7, 63, 64, 65, 128, 200, 1000])
@@ -232,3 +232,16 @@ def test_what_two_bitmaps_have_in_common(one: set[int], other: set[int]) -> None
     assert bitmap.count == len(one & other)
     starts, ends = bitmap.ranges()
     assert {page for start, end in zip(starts, ends, strict=True) for page in range(start, end)} == one & other
+
+
+@pytest.mark.parametrize(
+    ("pages", "runs"),
+    [
+        ([7], [(0, 1)]),
+        ([7, 8, 9], [(0, 3)]),
+        ([7, 8, 10, 11, 3], [(0, 2), (2, 4), (4, 5)]),
+        ([9, 8], [(0, 1), (1, 2)]),
+    ],
+)
+def test_pages_that_follow_each_other(pages: list[int], runs: list[tuple[int, int]]) -> None:
+    assert consecutive(np.array(pages)) == runs
