@@ -12,8 +12,6 @@ Source of the format: QEMU, XBZRLE version 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -37,7 +35,7 @@ def encode_delta(old: Bytes, new: Bytes) -> bytes | None:
     ends = (changed[np.concatenate((breaks, [len(changed) - 1]))] + 1).tolist()
     parts, behind, content = [], 0, new.tobytes()
     for start, end in zip(starts, ends, strict=True):
-        parts += [_LENGTHS[start - behind], _LENGTHS[end - start], content[start:end]]
+        parts += [_encode_length(start - behind), _encode_length(end - start), content[start:end]]
         behind = end
     delta = b"".join(parts)
     return delta if len(delta) < PAGE else None
@@ -72,12 +70,8 @@ def _length(delta: memoryview, at: int) -> tuple[int, int]:
     return (delta[at + 1] << 7) | (low & _LOW), at + 2
 
 
-def _lengths() -> Iterator[bytes]:
-    for length in range(PAGE + 1):
-        yield bytes((length,)) if length < _MORE else bytes((length & _LOW | _MORE, length >> 7))
-
-
-_LENGTHS = tuple(_lengths())
+def _encode_length(length: int) -> bytes:
+    return bytes((length,)) if length < _MORE else bytes((length & _LOW | _MORE, length >> 7))
 
 
 def _bad(found: str) -> RemoteProtocolError:
