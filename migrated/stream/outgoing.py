@@ -48,6 +48,8 @@ class OutgoingStream:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._channel = channel
+        # Once: Python 3.11 looks at every attribute of a protocol each time it is asked.
+        self._lender = channel if isinstance(channel, LendsRoom) else None
         self._meter = meter
         self._on_sent = on_sent
         self._clock = clock
@@ -120,15 +122,13 @@ class OutgoingStream:
     async def room(self) -> memoryview | None:
         """Send what was put; return where the next bytes may be put instead of being sent, if there is such a place."""
         await self.drain()
-        if self._checksum is None and isinstance(self._channel, LendsRoom):
-            return self._channel.room()
-        return None
+        return self._lender.room() if self._lender is not None and self._checksum is None else None
 
     async def fill(self, count: int) -> None:
         """Send ``count`` bytes that were put into `room`."""
         self._account(count)
-        assert isinstance(self._channel, LendsRoom)
-        await self._channel.fill(count)
+        assert self._lender is not None
+        await self._lender.fill(count)
 
     def _account(self, count: int) -> None:
         self._flushed += count
