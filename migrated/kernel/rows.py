@@ -8,6 +8,7 @@ Source: writev(2); the kernel takes IOV_MAX pieces at most.
 from __future__ import annotations
 
 import ctypes
+import os
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,8 @@ def write_rows(fd: int, rows: NDArray[np.uint8], offset: int) -> None:
     The GIL is free meanwhile. Raises KernelError.
     """
     if rows.strides[0] == rows.shape[1]:  # in one piece already
-        rows = rows.reshape(1, -1)
+        _write(fd, rows.reshape(-1).data, offset)
+        return
     count, width = rows.shape
     address, stride = rows.__array_interface__["data"][0], rows.strides[0]
     pieces = np.empty((count, 2), np.int64)
@@ -43,3 +45,12 @@ def write_rows(fd: int, rows: NDArray[np.uint8], offset: int) -> None:
         if written <= 0:
             raise KernelError("pwritev", ctypes.get_errno(), f"{len(part)} rows of {width} bytes")
         position += written
+
+
+def _write(fd: int, data: memoryview, offset: int) -> None:
+    try:
+        while data:
+            written = os.pwrite(fd, data, offset)
+            data, offset = data[written:], offset + written
+    except OSError as error:
+        raise KernelError("pwrite", error.errno or 0, f"{len(data)} bytes") from error

@@ -12,7 +12,7 @@ from migrated.errors import ChannelClosed, ChannelTimeout, MigratedError, Remote
 from migrated.migration.host import Host, Settings
 from migrated.migration.incoming_link import IncomingLink
 from migrated.migration.return_path import PeerKind
-from migrated.transport.channel import Channel
+from migrated.transport.channel import SocketChannel
 from migrated.wire.multifd import INITIAL_BYTES, Initial, parse_initial
 from migrated.wire.packing import METHODS
 
@@ -24,11 +24,11 @@ class DataArrivals:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._channels: dict[int, Channel] = {}
+        self._channels: dict[int, SocketChannel] = {}
         self._refused: MigratedError | None = None
         self._changed = asyncio.Event()
 
-    async def seat(self, channel: Channel) -> None:
+    async def seat(self, channel: SocketChannel) -> None:
         """Take a channel in. What is wrong with it is wrong with the migration. Raises MigratedError."""
         channel.silence_timeout_s = self._host.settings.silence_timeout_s()
         try:
@@ -45,7 +45,7 @@ class DataArrivals:
         finally:
             self._changed.set()
 
-    async def _read_initial(self, channel: Channel) -> Initial:
+    async def _read_initial(self, channel: SocketChannel) -> Initial:
         raw = memoryview(bytearray(INITIAL_BYTES))
         got = 0
         limit_s = self._host.settings.silence_timeout_s()
@@ -80,7 +80,7 @@ class DataArrivals:
         link.stream.received_elsewhere = load.received_bytes
         return [group.create_task(load.receive())]
 
-    async def _all(self, settings: Settings) -> list[Channel]:
+    async def _all(self, settings: Settings) -> list[SocketChannel]:
         expected = settings.parameters.integer("multifd-channels")
         limit_s = settings.silence_timeout_s()
         try:

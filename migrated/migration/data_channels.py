@@ -1,7 +1,8 @@
-"""The channels that carry pages of an outgoing migration (multifd): dialled, named, closed.
+"""The connections of an outgoing migration besides the main one: with pages (multifd), and with requested pages.
 
-The rule of the file: they are dialled right behind the main connection, before anything is known of the peer, because a
-QEMU that expects them reads nothing before it has all of them.
+The rule of the file: where `multifd` is on, its channels are dialled right behind the main connection, before anything
+is known of the peer, because a QEMU that expects them reads nothing before it has all of them. Where it is off, and the
+peer is a `migrated` that is ready for the machine, they are dialled all the same: it does as preflight tells it.
 """
 
 from __future__ import annotations
@@ -10,35 +11,89 @@ import contextlib
 
 from migrated.errors import ChannelError, CommandError
 from migrated.migration.host import Host
+from migrated.migration.preflight_source import Verdict
 from migrated.migration.recovery import Dial
 from migrated.migration.return_path import PeerKind
-from migrated.transport.channel import Channel
+from migrated.transport.channel import Channel, SocketChannel
+from migrated.wire.command import FEATURE_PREFLIGHT
 from migrated.wire.multifd import NO_UUID, Initial, encode_initial
 from migrated.wire.packing import METHODS
 
+#: Addresses that lead to the same peer each time.
+DIALLED_AGAIN = ("tcp:", "unix:")
+
 
 class DataChannels:
-    """The channels of one outgoing migration."""
+    """Those of one outgoing migration."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, address: str) -> None:
         self._host = host
-        self._channels: list[Channel] = []
+        self._address = address
+        self._channels: list[SocketChannel] = []
+        self.urgent: Channel | None = None
+        """The one for requested pages, in postcopy."""
 
     @property
     def wanted(self) -> bool:
-        """Whether pages are to go over channels of their own."""
+        """Whether pages are to go over channels of their own, whoever is there."""
         return self._host.settings.enabled("multifd")
 
-    async def open(self, dial: Dial) -> None:
-        """Dial as many as there are to be, and say on each which it is. Raises what ``dial`` raises, ChannelError."""
+    def suit(self, kind: PeerKind, features: int) -> bool:
+        """Say whether pages go over channels of their own to this peer."""
+        settings = self._host.settings
+        by_themselves = (
+            settings.parameters.get("x-migrated-data-channels")
+            and self._address.startswith(DIALLED_AGAIN)
+            and kind is PeerKind.MIGRATED
+            and features & FEATURE_PREFLIGHT
+            and not settings.enabled("xbzrle")
+        )
+        return self.wanted or bool(by_themselves)
+
+    async def open_first(self, dial: Dial, *, resumes: bool) -> None:
+        """Dial what comes right behind the main connection. Raises what ``dial`` raises, ChannelError, CommandError."""
+        if self.wanted and not resumes:
+            await self._open(dial)
+        elif self._preempts:
+            # A 7.2 expects it right behind the first: the order says which is which.
+            self.urgent = await dial()
+
+    async def open_rest(self, dial: Dial, verdict: Verdict, *, channels: bool) -> bool:
+        """Dial what only a destination that knows what comes can tell apart; True where that are channels with pages.
+
+        Raises as `open_first` does.
+        """
+        opens = channels and not self._channels
+        if opens:
+            await self._open(dial)
+        if self._preempts and self.urgent is None:
+            self.urgent = await dial()
+        elif self.urgent is not None and verdict.answer is not None and not verdict.answer.preempt:
+            # It was refused: only now does the destination know that it carries requested pages.
+            self.urgent.abort()
+            self.urgent = await dial()
+        return opens
+
+    @property
+    def are_open(self) -> bool:
+        """True once those with pages are dialled."""
+        return bool(self._channels)
+
+    @property
+    def _preempts(self) -> bool:
+        return all(map(self._host.settings.enabled, ("postcopy-ram", "postcopy-preempt")))
+
+    async def _open(self, dial: Dial) -> None:
+        """Dial as many as there are to be, and say on each which it is."""
         settings, uuid = self._host.settings, self._host.machine.uuid
         raw = bytes.fromhex(uuid.replace("-", "")) if uuid else NO_UUID
         for number in range(settings.parameters.integer("multifd-channels")):
             channel = await dial()
+            if not isinstance(channel, SocketChannel):
+                channel.abort()
+                raise CommandError("multifd is not supported by current protocol")
             self._channels.append(channel)
             channel.silence_timeout_s = settings.silence_timeout_s()
-            if not channel.has_return_path:
-                raise CommandError("multifd is not supported by current protocol")
             await channel.send(encode_initial(Initial(number, raw)))
         method = str(settings.parameters.get("multifd-compression"))
         level = settings.parameters.integer(f"multifd-{method}-level") if method != "none" else 0
@@ -61,6 +116,7 @@ class DataChannels:
     def abort(self) -> None:
         """Drop them. Twice does no harm."""
         self._host.multifd_save.end()
-        for channel in self._channels:
-            channel.abort()
-        self._channels = []
+        for channel in (*self._channels, self.urgent):
+            if channel is not None:
+                channel.abort()
+        self._channels, self.urgent = [], None

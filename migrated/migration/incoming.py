@@ -41,8 +41,8 @@ from migrated.migration.source_word import Answered, SourceWord
 from migrated.migration.take_over import TakeOver
 from migrated.model.handover import Event, Hold
 from migrated.model.status import INCOMING, MigrationStatus, StatusCell
-from migrated.stream.incoming import PATIENCE, IncomingStream
-from migrated.transport.channel import Channel
+from migrated.stream.incoming import IncomingStream
+from migrated.transport.channel import PATIENCE, Channel
 from migrated.transport.tls_channel import names_of
 from migrated.wire.command import PEER_PING, Command, check_command, parse_ping
 from migrated.wire.postcopy import parse_packaged

@@ -11,8 +11,8 @@ import contextlib
 from migrated.errors import ChannelError
 from migrated.migration.host import Settings
 from migrated.migration.return_path import PeerKind, ReturnPathWriter
-from migrated.stream.incoming import PATIENCE, IncomingStream
-from migrated.transport.channel import Channel
+from migrated.stream.incoming import IncomingStream
+from migrated.transport.channel import PATIENCE, Channel
 
 #: How long a refused source may go on sending before the connection is cut under it. Closing at once would reset the
 #: connection and could destroy the reason on its way.

@@ -73,12 +73,12 @@ class OutgoingMigration:
         self._postcopy = PostcopySource(host, progress, self.status, self._pause, migration_id)
         self._postcopy_wanted = False
         self._passes = Passes(host, progress, migration_id)
-        self._pages = DataChannels(host)
+        self._pages = DataChannels(host, address)
         self._channel: Channel | None = None
-        self._urgent: Channel | None = None
         self._pauses = Pauses()
         self._settled = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._group: asyncio.TaskGroup | None = None
         self._watchers: list[asyncio.Task[None]] = []
         self._return_path: ReturnPathReader | None = None
 
@@ -214,7 +214,6 @@ class OutgoingMigration:
     async def _over(self, dial: Dial, phases: Phases) -> None:
         """Connect and run phases over that connection."""
         channel: Channel | None = None
-        self._urgent = None
         try:
             channel = self._channel = await dial()
             self._dial = dial
@@ -222,34 +221,26 @@ class OutgoingMigration:
             channel.silence_timeout_s = self._host.settings.silence_timeout_s()
             if isinstance(channel, FileChannel):
                 self.kind = PeerKind.FILE
-            if self._pages.wanted and not self._postcopy.committed:
-                await self._pages.open(dial)
-            elif self._preempts:
-                # A 7.2 expects it right behind the first: the order says which is which.
-                self._urgent = await dial()
+            await self._pages.open_first(dial, resumes=self._postcopy.committed)
             await self._with_channel(channel, phases)
             await self._pages.close()
         finally:
             self._channel = None
             self._pages.abort()
-            for one in (channel, self._urgent):
-                if one is not None:
-                    one.abort()
-
-    @property
-    def _preempts(self) -> bool:
-        return all(map(self._host.settings.enabled, ("postcopy-ram", "postcopy-preempt")))
+            if channel is not None:
+                channel.abort()
 
     async def _with_channel(self, channel: Channel, phases: Phases) -> None:
         """Run the phases beside what may end them: a dying workload, a breaking return path."""
         f = OutgoingStream(channel, self._progress.meter, on_sent=self._progress.sent, clock=self._host.clock)
         try:
             async with asyncio.TaskGroup() as group:
-                self._watchers = []
+                self._group, self._watchers = group, []
                 if not self._postcopy.committed:
                     self._host.machine.watch()
-                    self._watchers.append(group.create_task(self._host.machine.lost()))
-                    self._watchers.append(group.create_task(self._host.multifd_save.run()))
+                    self._watch(self._host.machine.lost())
+                    if self._pages.are_open:
+                        self._watch(self._host.multifd_save.run())
                 reader = self._open_return_path(channel, group) if channel.has_return_path else None
                 try:
                     await phases(f, channel)
@@ -268,8 +259,13 @@ class OutgoingMigration:
         self._return_path = ReturnPathReader(stream, self._host.postcopy_save.request, self._progress.faulted)
         self._return_stream = stream
         if not self._postcopy.committed:
-            self._watchers.append(group.create_task(self._return_path.watch()))
+            self._watch(self._return_path.watch())
         return group.create_task(self._return_path.read())
+
+    def _watch(self, watch: Coroutine[Any, Any, None]) -> None:
+        """Have this run until the last byte is sent."""
+        assert self._group is not None
+        self._watchers.append(self._group.create_task(watch))
 
     def _unwatch(self) -> None:
         """Stop watching: from the last byte on only the return path's answer counts."""
@@ -314,9 +310,9 @@ class OutgoingMigration:
             stream.idle_timeout_s = timeout_s
 
         urgent = None
-        if self._urgent is not None:
+        if self._pages.urgent is not None:
             urgent = OutgoingStream(
-                self._urgent, self._progress.meter, on_sent=self._progress.sent, clock=self._host.clock
+                self._pages.urgent, self._progress.meter, on_sent=self._progress.sent, clock=self._host.clock
             )
         return Link(f, urgent, self._return_path, self.peer, self.kind, channel, expect_signs_of_life)
 
@@ -346,20 +342,17 @@ class OutgoingMigration:
         if self._return_path is not None:
             self.kind = kind
         self._pages.check_peer(self.kind)
+        channels = self._pages.suit(self.kind, self._return_path.features if self._return_path is not None else 0)
         asked = Verdict((), self.peer, self.kind)
-        verdict = await preflight(self._host, f, self._return_path, asked, self.migration_id)
+        verdict = await preflight(self._host, f, self._return_path, asked, self.migration_id, channels=channels)
         for one in verdict.blockers:
             self._host.log.warning(
                 "preflight", error_id=one.id, side=one.side, text=one.text, migration_id=self.migration_id
             )
         if not verdict.ready:
             raise PreflightBlocked(verdict.blockers)
-        if self._preempts and self._pages.wanted:
-            self._urgent = await self._dial()  # it says nothing: only now does the destination expect such a one
-        elif self._urgent is not None and verdict.answer is not None and not verdict.answer.preempt:
-            # It was refused: only now does the destination know that it carries requested pages.
-            self._urgent.abort()
-            self._urgent = await self._dial()
+        if await self._pages.open_rest(self._dial, verdict, channels=channels):
+            self._watch(self._host.multifd_save.run())
 
     async def _wait_for_destination(self, f: OutgoingStream) -> None:
         """Send no page before the destination has its blocks: its workload may still be on the way."""

@@ -58,16 +58,22 @@ def describe_blockers(blockers: tuple[Blocker, ...]) -> list[dict[str, object]]:
 
 
 async def preflight(
-    host: Host, f: OutgoingStream, return_path: ReturnPathReader | None, verdict: Verdict, migration_id: str = ""
+    host: Host,
+    f: OutgoingStream,
+    return_path: ReturnPathReader | None,
+    verdict: Verdict,
+    migration_id: str = "",
+    *,
+    channels: bool = False,
 ) -> Verdict:
     """Ask the peer that was greeted; ``verdict`` says who it is. Without a migration id it is a dry run.
 
-    Raises ChannelError, PeerRefused.
+    ``channels``: pages will come over channels of their own. Raises ChannelError, PeerRefused.
     """
     blockers = [*source_blockers(host), *await _qemu_blockers(host, verdict)]
     answer = None
     if return_path is not None and return_path.features & FEATURE_PREFLIGHT:
-        f.put_buffer(encode_requirements(await _requirements(host, migration_id)))
+        f.put_buffer(encode_requirements(await _requirements(host, migration_id, channels=channels)))
         await f.drain()
         settings = host.settings
         patience_s = settings.silence_timeout_s()
@@ -115,7 +121,7 @@ async def _qemu_blockers(host: Host, verdict: Verdict) -> list[Blocker]:
     return [Blocker.of(CommandError(text, error_id="section-unknown-to-qemu"), SOURCE)]
 
 
-async def _requirements(host: Host, migration_id: str) -> Requirements:
+async def _requirements(host: Host, migration_id: str, *, channels: bool) -> Requirements:
     machine, settings = host.machine, host.settings
     return Requirements(
         protocol=PROTOCOL,
@@ -131,7 +137,10 @@ async def _requirements(host: Host, migration_id: str) -> Requirements:
             for block in machine.ram_blocks()
         ],
         sections=await host.registry.section_needs(),
-        capabilities={name: settings.enabled(name) for name in sorted(ADOPTED_CAPABILITIES)},
+        capabilities={
+            **{name: settings.enabled(name) for name in sorted(ADOPTED_CAPABILITIES)},
+            **({"multifd": True} if channels else {}),
+        },
         parameters={
             name: value for name in sorted(ADOPTED_PARAMETERS) if (value := settings.parameters.get(name)) is not None
         },

@@ -59,7 +59,8 @@ class Reception:
         self._first_known.clear()
         try:
             main = channel
-            if await self._beginning(channel, self._host.settings.silence_timeout_s()) == FIRST_BYTE:
+            begins = await self._beginning(channel, self._host.settings.silence_timeout_s())
+            if begins == FIRST_BYTE and isinstance(channel, SocketChannel):
                 main = await self._main_behind(channel)
             self._first_known.set()
             try:
@@ -76,7 +77,7 @@ class Reception:
                 self._second.abort()
                 self._second = None
 
-    async def _main_behind(self, channel: Channel) -> Channel:
+    async def _main_behind(self, channel: SocketChannel) -> Channel:
         """Seat a channel that came before its machine, and return the connection of that. Raises ChannelError."""
         main: asyncio.Future[Channel] = asyncio.get_running_loop().create_future()
         self._main = main

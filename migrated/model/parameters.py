@@ -173,6 +173,7 @@ PARAMETERS: Mapping[str, Parameter] = {
         Parameter("x-migrated-allow-no-return-path", Kind.BOOL, default=False, implemented=True),
         # What nothing here can load is refused, unless an operator wants it carried along.
         Parameter("x-migrated-checksums", Kind.BOOL, default=True, implemented=True),
+        Parameter("x-migrated-data-channels", Kind.BOOL, default=True, implemented=True),
         Parameter("x-migrated-keep-unknown-sections", Kind.BOOL, default=False, implemented=True),
     )
 }  # fmt: skip

@@ -114,10 +114,15 @@ class BandwidthMeter:
         """Count bytes that were handed to the network."""
         self._sent += count
 
+    @property
+    def budget_bytes(self) -> float | None:
+        """What may be sent in one window; None without a limit."""
+        return self._limit_bps * self._window_s if self._limit_bps else None
+
     def exceeded(self, now: float) -> bool:
         """Say whether the present window's budget is used up."""
         self._begin(now)
-        return bool(self._limit_bps) and self._debt + self._sent > self._limit_bps * self._window_s
+        return self.budget_bytes is not None and self._debt + self._sent > self.budget_bytes
 
     def time_left_s(self, now: float) -> float:
         """Return the time until the present window may be closed."""

@@ -59,18 +59,25 @@ class Arrivals:
 
     def land(self, pages: NDArray[np.int64], rows: NDArray[np.uint8]) -> None:
         """Put pages into memory that nobody uses yet, and add them. Raises KernelError."""
+        self.put(pages, rows)
+        self.add(pages)
+
+    def put(self, pages: NDArray[np.int64], rows: NDArray[np.uint8]) -> None:
+        """Put pages into memory that nobody uses yet. In any thread. Raises KernelError."""
         runs = consecutive(pages)
-        if len(runs) == 1:
-            first = int(pages[0])
-            write_rows(self.block.memfd, rows, first * PAGE)
-            self.add_run(first, first + len(pages))
-            return
-        if len(pages) < SHORT_RUN_PAGES * len(runs):
+        if len(runs) > 1 and len(pages) < SHORT_RUN_PAGES * len(runs):
             self.block.pages[pages] = rows
+            return
+        for start, end in runs:
+            write_rows(self.block.memfd, rows[start:end], int(pages[start]) * PAGE)
+
+    def add(self, pages: NDArray[np.int64]) -> None:
+        """Add pages that hold data."""
+        first, last = int(pages[0]), int(pages[-1])
+        if last - first == len(pages) - 1 and (np.diff(pages) == 1).all():
+            self.add_run(first, last + 1)
         else:
-            for start, end in runs:
-                write_rows(self.block.memfd, rows[start:end], int(pages[start]) * PAGE)
-        self.add_pages(pages)
+            self.add_pages(pages)
 
     def add_page(self, page: int) -> None:
         """Add one page that holds data."""

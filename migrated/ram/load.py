@@ -287,20 +287,25 @@ class RamLoad:
             await asyncio.to_thread(punch_hole, block.memfd, 0, block.size_bytes)
             self._arrivals[name] = Arrivals(block)
         self._parser.blocks = dict(announced.blocks)
-        self.channels.accept(self._parser.blocks, self._land)
+        self.channels.accept(self._parser.blocks, self)
 
     async def _place_pages(self, run: PageRun) -> None:
         if self._service is None:
-            self._land(run)
+            self._arrivals[run.block].land(run.pages, run.data)
+            self._account(len(run.pages))
             return
         for start, end in consecutive(run.pages):
             await self._copy_run(self._arrivals[run.block], int(run.pages[start]), run.data[start:end])
         self._account(len(run.pages))
 
-    def _land(self, run: PageRun) -> None:
-        """Place pages in a machine that does not run yet."""
-        self._arrivals[run.block].land(run.pages, run.data)
-        self._account(len(run.pages))
+    def put(self, run: PageRun) -> None:
+        """Place pages in a machine that does not run yet; what has arrived is said by `arrived`. In any thread."""
+        self._arrivals[run.block].put(run.pages, run.data)
+
+    def arrived(self, block: str, pages: NDArray[np.int64]) -> None:
+        """Count pages that were `put`."""
+        self._arrivals[block].add(pages)
+        self._account(len(pages))
 
     def _apply(self, event: PageDelta) -> None:
         arrivals = self._arrivals[event.block]

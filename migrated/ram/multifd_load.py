@@ -3,8 +3,10 @@
 The rule of the file: a channel whose SYNC has come is not read until all of them have theirs and the main stream has
 said that its section ends; so what comes later can never be overwritten by what came before.
 
-A packet lands from where it was received, by one `pwritev` for each run of pages: into memory that nobody has touched
-that costs two thirds of receiving into a mapping of it, and into memory that is there it costs no page tables.
+Each channel has a thread, which receives, sums up, unpacks and puts pages into the memfd; the event loop hears of it at
+the SYNC, and only then do they count as arrived. A packet lands from where it was received, by one `pwritev` for each
+run of pages: into memory that nobody has touched that costs two thirds of receiving into a mapping of it, and into
+memory that is there it costs no page tables.
 
 A channel that breaks or says nonsense ends the migration by an error that names it. From `listen` on it is only
 remembered: pages come another way then, and a connection that broke pauses a postcopy. Format: `wire.multifd`.
@@ -13,15 +15,18 @@ remembered: pages come another way then, and a connection that broke pauses a po
 from __future__ import annotations
 
 import asyncio
-import time
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from xxhash import xxh3_64_digest
 
 from migrated.errors import ChannelClosed, ChannelError, ChannelTimeout, MigratedError, RemoteProtocolError
-from migrated.stream.incoming import PATIENCE
-from migrated.transport.channel import Channel
+from migrated.transport.blocking import BlockingSocket, blocking
+from migrated.transport.channel import SocketChannel
+from migrated.transport.thread import in_own_thread
 from migrated.wire.multifd import (
     CHECKSUM_AT,
     CHECKSUM_BYTES,
@@ -34,64 +39,120 @@ from migrated.wire.multifd import (
     parse_head,
 )
 from migrated.wire.packing import Unpacker, unpackers
-from migrated.wire.ram import PAGE, PageRun
+from migrated.wire.ram import PAGE, PageRun, Pages
 
 NO_CHECKSUM = bytes(CHECKSUM_BYTES)
 
 
-class _Reader:
-    """Packets out of one channel. Reads ahead no more than a head, where it knows how long a packet is."""
+class Landing(Protocol):
+    """Where pages belong."""
 
-    def __init__(self, channel: Channel, silence_timeout_s: Callable[[], float], unpacker: Unpacker | None) -> None:
-        self._channel = channel
-        self._silence_timeout_s = silence_timeout_s
+    def put(self, run: PageRun) -> None:
+        """Put pages into memory. Called in any thread. Raises KernelError."""
+        ...
+
+    def arrived(self, block: str, pages: Pages) -> None:
+        """Count pages that were put there. Called on the event loop."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Terms:
+    """What holds for all channels."""
+
+    method: PacketFlag
+    checked: bool
+    """Each packet has its checksum."""
+    syncs_in_postcopy: bool
+
+
+class _Nowhere:
+    """A Landing before blocks are known: a packet with pages is refused before it comes here."""
+
+    def put(self, run: PageRun) -> None:
+        raise AssertionError(run.block)
+
+    def arrived(self, block: str, pages: Pages) -> None:
+        raise AssertionError(block)
+
+
+class _Reader:
+    """One channel, and its thread."""
+
+    def __init__(self, number: int, channel: SocketChannel, terms: _Terms, unpacker: Unpacker | None) -> None:
+        self.number = number
+        self.channel = channel
+        self.blocks: Mapping[str, int] = {}
+        self.landing: Landing = _Nowhere()
+        self.listens = False
+        self.landed: list[tuple[str, Pages]] = []
+        """What was put into memory since the last SYNC."""
+        self.syncs = False
+        """True from a SYNC to the next `go_on`."""
+        self._terms = terms
         self._unpacker = unpacker
         self._unpacked = np.empty(PACKET_BYTES if unpacker else 0, np.uint8)
-        self._raw = np.empty(2 * HEAD_BYTES + (PACKED_MAX_BYTES if unpacker else PACKET_BYTES), np.uint8)
-        self._view = self._raw.data
-        self._end = 0
-        self._since = 0.0
-        """When the first byte of the packet came that is read."""
-        self.offset = 0
+        self._raw = np.empty(HEAD_BYTES + (PACKED_MAX_BYTES if unpacker else PACKET_BYTES), np.uint8)
+        self._puts = threading.Lock()
+        """Held while pages are put into memory."""
+        self._go_on = threading.Event()
+        self._offset = 0
         """Where in the channel the packet begins that is read."""
 
-    @property
-    def head(self) -> memoryview:
-        """The head that `fill` has brought."""
-        return self._view[:HEAD_BYTES]
+    async def run(self, synced: Callable[[], None]) -> None:
+        """Receive until the channel ends. ``synced`` is called on the event loop.
 
-    async def fill(self, count: int) -> bool:
-        """Receive until ``count`` bytes of a packet are here; False where the channel ended before the first one.
-
-        Between two packets a channel may be silent for as long as it likes. Raises ChannelError.
+        Raises RemoteProtocolError, ChannelError, KernelError.
         """
-        while self._end < count:
-            room = self._view[self._end :] if count == HEAD_BYTES else self._view[self._end : count + HEAD_BYTES]
-            got = await self._channel.receive_into(room, deadline_s=self._deadline_s())
-            if not got:
-                if self._end:
-                    raise ChannelClosed("it ended within a packet", peer=self._channel.peer, phase="receiving")
-                return False
-            if not self._end:
-                self._since = time.monotonic()
-            self._end += got
-        return True
+        loop = asyncio.get_running_loop()
+        end = blocking(self.channel)
 
-    def _deadline_s(self) -> float | None:
-        """Return how long the peer may be silent now; a packet has to be whole in time as well."""
-        if not self._end:
-            return None
-        silence_s = self._silence_timeout_s()
-        left_s = self._since + PATIENCE * silence_s - time.monotonic()
-        if left_s <= 0:
-            raise ChannelTimeout(
-                f"the peer sends too slowly: not one packet in {PATIENCE * silence_s:g} s", peer=self._channel.peer
-            )
-        return min(silence_s, left_s)
+        def stop() -> None:
+            end.interrupt()
+            self._go_on.set()
 
-    def check(self, head: Head) -> None:
+        try:
+            await in_own_thread(lambda: self._receive(end, lambda: loop.call_soon_threadsafe(synced)), stop)
+        except RemoteProtocolError as error:
+            error.section, error.offset = f"multifd channel {self.number}", self._offset
+            raise
+        except ChannelError as error:
+            raise named(error, self.number) from error
+        finally:
+            end.close()
+
+    def listen(self) -> None:
+        """Put no page into memory any more from the return on."""
+        with self._puts:
+            self.listens = True
+
+    def go_on(self) -> None:
+        """Read what is behind the SYNC."""
+        self.syncs = False
+        self._go_on.set()
+
+    # -- in the thread -----------------------------------------------------------------------------------------
+
+    def _receive(self, end: BlockingSocket, synced: Callable[[], object]) -> None:
+        head_view = self._raw[:HEAD_BYTES].data
+        while end.fill(head_view, idle=True):
+            head = parse_head(head_view, self.blocks, self._terms.method, self.number)
+            size = HEAD_BYTES + head.size_bytes
+            end.fill(self._raw[HEAD_BYTES:size].data, idle=False)
+            if self._terms.checked:
+                self._check(head, size)
+            if len(head.pages):
+                self._put(head)
+            self._offset += size
+            if head.sync:
+                self._go_on.clear()
+                self.syncs = True
+                synced()
+                self._go_on.wait()
+
+    def _check(self, head: Head, size: int) -> None:
         """Compare a packet with its checksum. Raises RemoteProtocolError."""
-        whole = self._view[: HEAD_BYTES + head.size_bytes]
+        whole = self._raw[:size].data
         whole[CHECKSUM_AT : CHECKSUM_AT + CHECKSUM_BYTES] = NO_CHECKSUM
         if (found := xxh3_64_digest(whole)) != head.checksum:
             raise RemoteProtocolError(
@@ -100,26 +161,18 @@ class _Reader:
                 found=found.hex(),
             )
 
-    async def run(self, head: Head) -> PageRun:
-        """Return the pages of a packet that is here whole, where they lie; packed ones are unpacked in a thread.
-
-        Raises RemoteProtocolError.
-        """
+    def _put(self, head: Head) -> None:
+        """Put the pages of a packet where they belong. Raises RemoteProtocolError, KernelError."""
         content = self._raw[HEAD_BYTES : HEAD_BYTES + head.size_bytes]
         if self._unpacker is not None:
             pages = self._unpacked[: len(head.pages) * PAGE]
-            await asyncio.to_thread(self._unpacker.unpack, content.data, pages.data)
+            self._unpacker.unpack(content.data, pages.data)
             content = pages
-        return PageRun(head.block, head.pages, content.reshape(-1, PAGE))
-
-    def consume(self, head: Head) -> None:
-        """Go on behind a packet."""
-        size = HEAD_BYTES + head.size_bytes
-        left = self._end - size
-        self._view[:left] = self._view[size : self._end]
-        self._end = left
-        self._since = time.monotonic()
-        self.offset += size
+        with self._puts:
+            if self.listens:
+                raise RemoteProtocolError("pages over a multifd channel", expected="none from LISTEN on")
+            self.landing.put(PageRun(head.block, head.pages, content.reshape(-1, PAGE)))
+        self.landed.append((head.block, head.pages))
 
 
 class MultifdLoad:
@@ -132,20 +185,17 @@ class MultifdLoad:
 
     def end(self) -> None:
         """Forget the channels. Twice does no harm."""
-        self._channels: Sequence[Channel] = ()
-        self._method = PLAIN
-        self._unpackers: list[Unpacker] = []
+        self._readers: list[_Reader] = []
+        self._terms = _Terms(PLAIN, checked=False, syncs_in_postcopy=False)
         self._silence_timeout_s: Callable[[], float] = lambda: 0.0
-        self._checked = self._syncs_in_postcopy = self._listens = False
-        self._blocks: Mapping[str, int] = {}
-        self._place: Callable[[PageRun], None] = lambda run: None
-        self._waiting: dict[int, asyncio.Future[None]] = {}
+        self._listens = False
+        self._landing: Landing = _Nowhere()
         self._broken: MigratedError | None = None
         self._changed = asyncio.Event()
 
     def begin(
         self,
-        channels: Sequence[Channel],
+        channels: Sequence[SocketChannel],
         method: PacketFlag,
         silence_timeout_s: Callable[[], float],
         *,
@@ -153,48 +203,73 @@ class MultifdLoad:
         from_qemu: bool,
     ) -> None:
         """Take pages from these, packed by ``method``. ``checked``: each packet has its checksum."""
-        self._channels, self._method = channels, method
-        self._unpackers = unpackers(method, len(channels))
+        self._terms = _Terms(method, checked, from_qemu)
         self._silence_timeout_s = silence_timeout_s
-        self._checked = checked
-        self._syncs_in_postcopy = from_qemu
+        ends: Sequence[Unpacker | None] = unpackers(method, len(channels)) or [None] * len(channels)
+        pairs = zip(channels, ends, strict=True)
+        self._readers = [
+            _Reader(number, channel, self._terms, unpacker) for number, (channel, unpacker) in enumerate(pairs)
+        ]
 
     async def receive(self) -> None:
         """Receive until every channel has ended. Raises RemoteProtocolError, ChannelError, which name the channel."""
         async with asyncio.TaskGroup() as group:
-            for number, channel in enumerate(self._channels):
-                group.create_task(self._receive(number, channel))
+            for reader in self._readers:
+                group.create_task(self._receive(reader))
+
+    async def _receive(self, reader: _Reader) -> None:
+        try:
+            await reader.run(self._changed.set)
+            # An end between two packets is one in order; whoever still waits for a SYNC says otherwise.
+            self._broken = named(ChannelClosed("it ended before its SYNC", peer=reader.channel.peer), reader.number)
+        except MigratedError as error:
+            self._broken = error
+            if not self._listens:
+                raise
+        finally:
+            self._changed.set()
 
     def received_bytes(self) -> int:
         """Return how much has come over the channels: while that grows, nobody is silent."""
-        return sum(channel.bytes_received for channel in self._channels)
+        return sum(reader.channel.bytes_received for reader in self._readers)
 
     # -- for the handler ---------------------------------------------------------------------------------------
 
-    def accept(self, blocks: Mapping[str, int], place: Callable[[PageRun], None]) -> None:
-        """Take pages of these blocks (name -> bytes) from now on; ``place`` puts them where they belong."""
-        self._blocks, self._place = blocks, place
+    def accept(self, blocks: Mapping[str, int], landing: Landing) -> None:
+        """Take pages of these blocks (name -> bytes) from now on."""
+        self._landing = landing
+        for reader in self._readers:
+            reader.blocks, reader.landing = blocks, landing
 
     def listen(self) -> None:
         """Pages come another way from now on."""
         self._listens = True
+        for reader in self._readers:
+            reader.listen()
 
     async def sync(self) -> None:
         """At the end of a section: wait for the SYNC of every channel, then let all of them go on.
 
         Raises RemoteProtocolError, ChannelError.
         """
-        if not self._channels or (self._listens and not self._syncs_in_postcopy):
+        if not self._readers or (self._listens and not self._terms.syncs_in_postcopy):
             return
-        while len(self._waiting) < len(self._channels):
+        while not all(reader.syncs for reader in self._readers):
             if self._broken is not None:
                 raise self._broken
             self._changed.clear()
             await self._wait_changed()
-        waiting, self._waiting = self._waiting, {}
-        for future in waiting.values():
-            if not future.done():  # cancelled, with its channel
-                future.set_result(None)
+        self._count_arrived()
+        for reader in self._readers:
+            reader.go_on()
+
+    def _count_arrived(self) -> None:
+        landed = [one for reader in self._readers for one in reader.landed]
+        # In order, runs of different channels that follow each other are one.
+        for block, pages in sorted(landed, key=lambda one: int(one[1][0])):
+            self._landing.arrived(block, pages)
+        for reader in self._readers:
+            reader.landed.clear()
 
     async def _wait_changed(self) -> None:
         """Wait until a channel has its SYNC, or is broken. Raises ChannelTimeout once all are silent."""
@@ -207,48 +282,9 @@ class MultifdLoad:
             except TimeoutError:
                 continue
             return
-        number = min(set(range(len(self._channels))) - self._waiting.keys())
-        silent = ChannelTimeout(f"no SYNC within {self._silence_timeout_s():g} s", peer=self._channels[number].peer)
-        raise named(silent, number)
-
-    # -- the channels ------------------------------------------------------------------------------------------
-
-    async def _receive(self, number: int, channel: Channel) -> None:
-        unpacker = self._unpackers[number] if self._unpackers else None
-        reader = _Reader(channel, self._silence_timeout_s, unpacker)
-        try:
-            while await reader.fill(HEAD_BYTES):
-                head = parse_head(reader.head, self._blocks, self._method, number)
-                await reader.fill(HEAD_BYTES + head.size_bytes)
-                await self._take(number, reader, head)
-            # An end between two packets is one in order; whoever still waits for a SYNC says otherwise.
-            self._broken = named(ChannelClosed("it ended before its SYNC", peer=channel.peer), number)
-        except ChannelError as error:
-            self._fail(named(error, number))
-        except RemoteProtocolError as error:
-            error.section, error.offset = f"multifd channel {number}", reader.offset
-            self._fail(error)
-        finally:
-            self._changed.set()
-
-    def _fail(self, error: MigratedError) -> None:
-        self._broken = error
-        if not self._listens:
-            raise error
-
-    async def _take(self, number: int, reader: _Reader, head: Head) -> None:
-        if self._checked:
-            reader.check(head)
-        if len(head.pages):
-            run = await reader.run(head)
-            if self._listens:  # looked at where nothing can come between
-                raise RemoteProtocolError("pages over a multifd channel", expected="none from LISTEN on")
-            self._place(run)
-        reader.consume(head)
-        if head.sync:
-            self._waiting[number] = released = asyncio.get_running_loop().create_future()
-            self._changed.set()
-            await released
+        late = next(reader for reader in self._readers if not reader.syncs)
+        silent = ChannelTimeout(f"no SYNC within {self._silence_timeout_s():g} s", peer=late.channel.peer)
+        raise named(silent, late.number)
 
 
 def named(error: ChannelError, number: int) -> ChannelError:

@@ -4,20 +4,21 @@ The rule of the file: a page goes a second time only behind a SYNC, because chan
 the end of each ram section every channel gets one, once all that was given to it has left, and only then the main
 stream says that the section ends.
 
-The content of a packet is read into a buffer of its own before it is summed up and sent: what the machine writes
-meanwhile cannot make a checksum wrong, and the read (`preadv`, without a fault) costs less than the page tables that a
-view of the mapping needs. Pages that are zero are told on the main stream, as a QEMU 7.2 does.
-
-A packet goes to the first channel that is idle. What its socket takes at once is sent at once, from a buffer that is
-still in the processor's cache; the rest is for the channel's task. There are as many buffers as channels, and one to
-read into; whoever has the next packet waits for a channel. Format: `wire.multifd`.
+Each channel has a thread, which reads, sums up, packs and sends; the event loop only says which pages, some MiB at a
+time, and hears how it went. What a thread does for a page is done where the GIL is free. The content of a packet is
+read into a buffer before it is summed up and sent: what the machine writes meanwhile cannot make a checksum wrong, and
+the read (`preadv`, without a fault) costs less than the page tables that a view of the mapping needs. Pages that are
+zero are told on the main stream, as a QEMU 7.2 does. Format: `wire.multifd`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,13 +32,14 @@ from migrated.ram.multifd_load import named
 from migrated.ram.page_sender import is_scattered, zero_pages
 from migrated.savevm.ports import RamBlockPort
 from migrated.stream.outgoing import OutgoingStream
-from migrated.transport.channel import Channel, SocketChannel, Turn
+from migrated.transport.blocking import BlockingSocket, blocking
+from migrated.transport.channel import SocketChannel
+from migrated.transport.thread import in_own_thread
 from migrated.wire.multifd import (
     CHECKSUM_AT,
     CHECKSUM_BYTES,
     HEAD_BYTES,
     PACKET_PAGES,
-    PLAIN,
     PacketFlag,
     encode_head,
 )
@@ -46,6 +48,33 @@ from migrated.wire.ram import PAGE
 from migrated.wire.ram_encoder import RamEncoder
 
 NO_PAGES = np.empty(0, np.int64)
+#: What a thread is given at a time, so that the handing over hardly counts.
+JOB_PAGES = 8 * PACKET_PAGES
+#: Where the rate is limited, so many jobs of each channel make up what may be sent in one window of time.
+JOBS_PER_WINDOW = 8
+JOB_MIN_PAGES = 16
+#: One that a channel sends, and one that it finds when it has done that.
+JOBS_PER_LANE = 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Job:
+    """Pages of a block to be sent; a SYNC where there is none."""
+
+    block: RamBlockPort | None
+    pages: NDArray[np.int64]
+    checked: bool
+
+
+@dataclass(slots=True, eq=False)
+class _Done:
+    """What became of a job."""
+
+    block: RamBlockPort | None
+    zero: list[NDArray[np.int64]]
+    """Pages that are for the main stream to tell."""
+    normal: int = 0
+    sent_bytes: int = 0
 
 
 class _Packet:
@@ -103,43 +132,68 @@ class _Packet:
 
 
 class _Lane:
-    """One channel: what it was given and has not sent yet, if anything."""
+    """One channel: its thread, and what that is given."""
 
-    def __init__(self, number: int, channel: Channel, packer: Packer | None) -> None:
+    def __init__(self, number: int, channel: SocketChannel, packer: Packer | None, method: PacketFlag) -> None:
         self.number = number
-        self.packer = packer
-        self._channel = channel
-        self._given = asyncio.Event()
-        self._rest: memoryview | None = None
-        self.packet: _Packet | None = None
+        self.given = 0
+        """Jobs that are not done."""
         self.broken: ChannelError | None = None
+        self._channel = channel
+        self._packer = packer
+        self._method = method
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
 
-    def give(self, packet: _Packet, rest: memoryview | None) -> None:
-        """Have `MultifdSave.run` send the rest of a packet, or pack it first."""
-        self.packet, self._rest = packet, rest
-        self._given.set()
+    def give(self, job: _Job) -> None:
+        """Have the thread do something."""
+        self.given += 1
+        self._jobs.put(job)
 
-    async def take(self) -> tuple[_Packet, memoryview | None]:
-        """Wait for what is given."""
-        await self._given.wait()
-        self._given.clear()
-        assert self.packet is not None
-        (packet, rest), self.packet, self._rest = (self.packet, self._rest), None, None
-        return packet, rest
+    async def run(self, numbers: Iterator[int], done: Callable[[_Lane, _Done], None]) -> None:
+        """Do what is given until this is cancelled. ``done`` is called on the event loop. Raises ChannelClosed."""
+        loop = asyncio.get_running_loop()
+        end = blocking(self._channel)
 
-    def send_now(self, data: memoryview) -> int:
-        """Send what goes without waiting; return how much that was. Raises ChannelError."""
+        def work() -> None:
+            packet = _Packet()
+            while (job := self._jobs.get()) is not None:
+                report = _Done(job.block, [])
+                try:
+                    if self.broken is None:
+                        self._do(end, packet, job, numbers, report)
+                except ChannelError as error:
+                    self.broken = named(error, self.number)
+                loop.call_soon_threadsafe(done, self, report)
+
+        def stop() -> None:
+            self._jobs.put(None)
+            if self.given:
+                end.interrupt()
+
         try:
-            return self._channel.send_now(data) if isinstance(self._channel, SocketChannel) else 0
-        except ChannelError as error:
-            raise named(error, self.number) from error
+            await in_own_thread(work, stop)
+        finally:
+            end.close()
 
-    async def send(self, data: memoryview) -> None:
-        """Send all of it. Raises ChannelError."""
-        try:
-            await self._channel.send(data)
-        except ChannelError as error:
-            raise named(error, self.number) from error
+    def _do(self, end: BlockingSocket, packet: _Packet, job: _Job, numbers: Iterator[int], report: _Done) -> None:
+        """Send what a job says. Raises ChannelError."""
+        if job.block is None:
+            packet.pages = NO_PAGES
+            self._send(end, packet.sealed(PacketFlag.SYNC, next(numbers), checked=job.checked), report)
+            return
+        for first in range(0, len(job.pages), PACKET_PAGES):
+            zero = packet.read(job.block, job.pages[first : first + PACKET_PAGES])
+            if len(zero):
+                report.zero.append(zero)
+            if len(packet.pages):
+                packed = self._packer.pack(packet.content) if self._packer is not None else None
+                data = packet.sealed(self._method, next(numbers), checked=job.checked, packed=packed)
+                self._send(end, data, report)
+                report.normal += len(packet.pages)
+
+    def _send(self, end: BlockingSocket, data: memoryview, report: _Done) -> None:
+        end.send(data)
+        report.sent_bytes += len(data)
 
 
 class MultifdSave:
@@ -157,48 +211,28 @@ class MultifdSave:
     def end(self) -> None:
         """Forget the channels. Twice does no harm."""
         self._lanes: list[_Lane] = []
-        self._idle: list[_Lane] = []
-        self._free: list[_Packet] = []
-        self._method = PLAIN
         self._encoder = RamEncoder()
-        self._number = 0
-        self._returned = asyncio.Event()
-        self._turn = Turn()
-        self._f: OutgoingStream | None = None
+        self._done: list[_Done] = []
+        """What has become of jobs, and was not told yet."""
+        self._changed = asyncio.Event()
 
-    def begin(self, channels: Sequence[Channel], method: PacketFlag, level: int) -> None:
+    def begin(self, channels: Sequence[SocketChannel], method: PacketFlag, level: int) -> None:
         """Send over these from the next setup on, packed by ``method``."""
-        self._method = method
         ends: Sequence[Packer | None] = packers(method, level, len(channels)) or [None] * len(channels)
-        self._lanes = [_Lane(number, *both) for number, both in enumerate(zip(channels, ends, strict=True))]
-        self._idle = list(self._lanes)
-        # One for each channel, and one to read the next pages into.
-        self._free = [_Packet() for _ in range(len(channels) + 1)]
+        pairs = zip(channels, ends, strict=True)
+        self._lanes = [_Lane(number, channel, packer, method) for number, (channel, packer) in enumerate(pairs)]
 
     async def run(self) -> None:
         """Send what there is, until this is cancelled. An error is raised where something is wanted of a channel."""
+        numbers = itertools.count(1)
         async with asyncio.TaskGroup() as group:
             for lane in self._lanes:
-                group.create_task(self._send_given(lane))
+                group.create_task(lane.run(numbers, self._take_back))
 
-    async def _send_given(self, lane: _Lane) -> None:
-        while lane.broken is None:
-            packet, rest = await lane.take()
-            try:
-                await lane.send(rest if rest is not None else await self._packed(lane, packet))
-            except ChannelError as error:
-                lane.broken = error
-            self._free.append(packet)
-            self._idle.append(lane)
-            self._returned.set()
-
-    async def _packed(self, lane: _Lane, packet: _Packet) -> memoryview:
-        assert lane.packer is not None
-        assert self._f is not None
-        packed = await asyncio.to_thread(lane.packer.pack, packet.content)
-        data = packet.sealed(self._method, self._next(), checked=self._f.checks, packed=packed)
-        self._account(self._f, len(data))
-        return data
+    def _take_back(self, lane: _Lane, done: _Done) -> None:
+        lane.given -= 1
+        self._done.append(done)
+        self._changed.set()
 
     # -- for the handler ---------------------------------------------------------------------------------------
 
@@ -207,9 +241,12 @@ class MultifdSave:
         """True where pages go over these channels."""
         return bool(self._lanes)
 
-    def capacity(self, block: RamBlockPort) -> int:
+    def capacity(self, f: OutgoingStream, block: RamBlockPort) -> int:
         """Return how many pages of a block `send` takes."""
-        return PACKET_PAGES
+        if (budget := f.budget_bytes) is None:
+            return JOB_PAGES
+        share = int(budget) // (JOBS_PER_WINDOW * len(self._lanes) * PAGE)
+        return min(max(share, JOB_MIN_PAGES), JOB_PAGES)
 
     def put_zeros(self, f: OutgoingStream, block: RamBlockPort, pages: NDArray[np.int64]) -> None:
         """Put records that say that pages are zero on the main stream."""
@@ -217,67 +254,51 @@ class MultifdSave:
         f.put_buffer(self._encoder.zero_run(block.name, pages))
 
     async def send_run(self, f: OutgoingStream, block: RamBlockPort, first: int, count: int) -> None:
-        """Read ``count`` pages that follow each other, and send them."""
+        """Have ``count`` pages that follow each other sent."""
         await self.send(f, block, np.arange(first, first + count))
 
     async def send(self, f: OutgoingStream, block: RamBlockPort, pages: NDArray[np.int64]) -> None:
-        """Read pages and give them to the channel that is free first. Raises ChannelError."""
-        packet = self._free.pop()
-        zero = packet.read(block, pages)
-        if len(packet.pages):
-            self._stats.normal += len(packet.pages)
-            await self._send(f, packet)
-        else:
-            self._free.append(packet)
-        if len(zero):
-            self.put_zeros(f, block, zero)
-            await f.drain()
-
-    async def _send(self, f: OutgoingStream, packet: _Packet) -> None:
-        self._f = f
-        if self._method:
-            (await self._idle_lane()).give(packet, None)
-            return
-        data = packet.sealed(PLAIN, self._next(), checked=f.checks)
-        self._account(f, len(data))
-        await self._turn.take()
-        lane = await self._idle_lane()
-        count = lane.send_now(data)
-        self._turn.moved(count)
-        if count < len(data):
-            lane.give(packet, data[count:])
-        else:
-            self._free.append(packet)
-            self._idle.append(lane)
+        """Have pages read and sent by the channel that has least to do. Raises ChannelError."""
+        while (lane := min(self._lanes, key=_given)).given >= JOBS_PER_LANE:
+            await self._wait(f)
+        lane.give(_Job(block, pages, f.checks))
+        if self._done:
+            await self._tell(f)
 
     async def sync(self, f: OutgoingStream) -> None:
         """Have every channel wait at the other end, behind all that was given to it. Raises ChannelError."""
-        while len(self._idle) < len(self._lanes):
-            await self._wait_returned()
-        packet = _Packet(0)
+        await self._finish(f)
+        for lane in self._lanes:
+            lane.give(_Job(None, NO_PAGES, f.checks))
+        await self._finish(f)
+
+    async def _finish(self, f: OutgoingStream) -> None:
+        while any(map(_given, self._lanes)):
+            await self._wait(f)
+        await self._tell(f)
+
+    async def _wait(self, f: OutgoingStream) -> None:
+        """Wait until something is done, and tell it."""
+        while not self._done:
+            self._changed.clear()
+            await self._changed.wait()
+        await self._tell(f)
+
+    async def _tell(self, f: OutgoingStream) -> None:
+        """Count what was done, and tell of pages that are zero. Raises ChannelError where a channel is broken."""
+        done, self._done = self._done, []
+        for one in done:
+            self._stats.normal += one.normal
+            self._stats.multifd_bytes += one.sent_bytes
+            f.account(one.sent_bytes)
+            for zero in one.zero:
+                assert one.block is not None
+                self.put_zeros(f, one.block, zero)
         for lane in self._lanes:
             if lane.broken is not None:
                 raise lane.broken
-            data = packet.sealed(PacketFlag.SYNC, self._next(), checked=f.checks)
-            self._account(f, len(data))
-            await lane.send(data)
+        await f.drain()
 
-    def _account(self, f: OutgoingStream, size_bytes: int) -> None:
-        f.account(size_bytes)
-        self._stats.multifd_bytes += size_bytes
 
-    def _next(self) -> int:
-        self._number += 1
-        return self._number
-
-    async def _idle_lane(self) -> _Lane:
-        while not self._idle:
-            await self._wait_returned()
-        lane = self._idle.pop(0)
-        if lane.broken is not None:
-            raise lane.broken
-        return lane
-
-    async def _wait_returned(self) -> None:
-        self._returned.clear()
-        await self._returned.wait()
+def _given(lane: _Lane) -> int:
+    return lane.given

@@ -77,7 +77,7 @@ class PageSender:
         self.pages = chunk_bytes // PAGE
         """How many pages fit at least."""
 
-    def capacity(self, block: RamBlockPort) -> int:
+    def capacity(self, f: OutgoingStream, block: RamBlockPort) -> int:
         """Return how many pages of a block `send` takes."""
         return self._encoder.max_pages(len(self._chunk), block.name)
 

@@ -358,7 +358,7 @@ class RamSave:
 
     async def _send_pages(self, f: OutgoingStream, block: RamBlockPort) -> bool:
         unsent, dirty = self._unsent, self._unsent.dirty[block.name]
-        limit = self._sender.capacity(block)
+        limit = self._sender.capacity(f, block)
         if self._server is not None:
             limit = self._server.background_pages(limit)
         if (first := dirty.take_run(unsent.page, limit)) is not None:

@@ -19,7 +19,7 @@ from migrated.model.faults import FaultFigures
 from migrated.model.runstate import RunState
 from migrated.stream.incoming import IncomingStream
 from migrated.stream.outgoing import OutgoingStream
-from migrated.transport.channel import Channel
+from migrated.transport.channel import SocketChannel
 from migrated.wire.multifd import PacketFlag
 
 
@@ -285,7 +285,7 @@ class PostcopySavePort(Protocol):
 class MultifdSavePort(Protocol):
     """The source's channels for pages."""
 
-    def begin(self, channels: Sequence[Channel], method: PacketFlag, level: int) -> None:
+    def begin(self, channels: Sequence[SocketChannel], method: PacketFlag, level: int) -> None:
         """Send pages over these from the next setup on, packed by ``method``."""
         ...
 
@@ -303,7 +303,7 @@ class MultifdLoadPort(Protocol):
 
     def begin(
         self,
-        channels: Sequence[Channel],
+        channels: Sequence[SocketChannel],
         method: PacketFlag,
         silence_timeout_s: Callable[[], float],
         *,

@@ -27,7 +27,7 @@ from migrated.errors import (
     WorkloadError,
 )
 from migrated.stream.checksum import Checksum
-from migrated.transport.channel import Channel, ReadsAhead, SocketChannel
+from migrated.transport.channel import PATIENCE, Channel, ReadsAhead, SocketChannel
 from migrated.wire.command import Command
 from migrated.wire.primitives import parse_counted_string
 from migrated.wire.pull import Parser
@@ -44,8 +44,6 @@ PIECE_MAX_BYTES = 64 << 10
 FRONT_BYTES = PIECE_MAX_BYTES
 #: A footer and the byte behind it.
 PATTERN_MAX_BYTES = 6
-#: How many silence timeouts one piece may take in all.
-PATIENCE = 3
 
 
 class IncomingStream:

@@ -96,6 +96,11 @@ class OutgoingStream:
         """True when this 100 ms window's budget is used up: stop iterating and return."""
         return self._meter.exceeded(self._clock())
 
+    @property
+    def budget_bytes(self) -> float | None:
+        """What may be sent in one window of the rate limit; None without one."""
+        return self._meter.budget_bytes
+
     async def drain(self) -> None:
         """Send everything put so far."""
         if self._buffer:

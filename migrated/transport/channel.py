@@ -23,6 +23,8 @@ Buffer = bytes | bytearray | memoryview
 
 #: How long a peer may take no byte, where nobody says otherwise (x-migrated-silence-timeout's default).
 SILENCE_TIMEOUT_S = 10.0
+#: How many silence timeouts one piece of a stream may take in all, however it trickles in.
+PATIENCE = 3
 SEND_MAX_BYTES = 1 << 20
 RECEIVE_MAX_BYTES = 512 << 10
 #: After this much without a wait, others get the loop: about a quarter of a millisecond of copying.
@@ -184,7 +186,7 @@ class SocketChannel:
             except (BlockingIOError, InterruptedError):
                 await self._wait(self._readiness.writable, self._silence_timeout_s, "sending")
             except OSError as error:
-                raise self._converted("write to", "sending", error) from error
+                raise self.converted("write to", "sending", error) from error
             else:
                 self.bytes_sent += count
                 self._turn.moved(count)
@@ -198,7 +200,7 @@ class SocketChannel:
             except (BlockingIOError, InterruptedError):
                 await self._wait(self._readiness.readable, deadline_s, "receiving")
             except OSError as error:
-                raise self._converted("read from", "receiving", error) from error
+                raise self.converted("read from", "receiving", error) from error
             else:
                 self.bytes_received += count
                 self._turn.moved(count)
@@ -214,7 +216,7 @@ class SocketChannel:
         except (BlockingIOError, InterruptedError):
             return 0
         except OSError as error:
-            raise self._converted("write to", "sending", error) from error
+            raise self.converted("write to", "sending", error) from error
         self.bytes_sent += count
         return count
 
@@ -234,13 +236,20 @@ class SocketChannel:
             except (BlockingIOError, InterruptedError):
                 return True
             except OSError as error:
-                raise self._converted("read from", "receiving", error) from error
+                raise self.converted("read from", "receiving", error) from error
             self.bytes_received += count
             left = count
             return bool(count) and take(count)
 
         await self._wait(lambda limit_s: self._readiness.readable(limit_s, taken), deadline_s, "receiving")
         return left
+
+    def duplicate(self) -> socket.socket:
+        """Return the socket under a number of its own, for a thread. Raises ChannelClosed."""
+        try:
+            return self._sock.dup()
+        except OSError as error:
+            raise self.converted("duplicate", "opening", error) from error
 
     def take_short_turns(self) -> None:
         """Let others have their turn more often: what they do is more urgent than throughput."""
@@ -254,7 +263,7 @@ class SocketChannel:
             except (BlockingIOError, InterruptedError):
                 await self._wait(self._readiness.readable, deadline_s, "receiving")
             except OSError as error:
-                raise self._converted("read from", "receiving", error) from error
+                raise self.converted("read from", "receiving", error) from error
 
     async def _wait(self, ready: Callable[[float | None], Awaitable[None]], limit_s: float | None, phase: str) -> None:
         try:
@@ -266,7 +275,8 @@ class SocketChannel:
             raise ChannelClosed("the channel was closed at this end", peer=self.peer, phase=phase) from error
         self._turn.waited()
 
-    def _converted(self, verb: str, phase: str, error: OSError) -> ChannelError:
+    def converted(self, verb: str, phase: str, error: OSError) -> ChannelError:
+        """Return what an error of the socket means."""
         if error.errno == errno.EBADF:
             return ChannelClosed("the channel was closed at this end", peer=self.peer, phase=phase)
         kind = ChannelTimeout if error.errno in _TIMED_OUT else ChannelClosed

@@ -7,6 +7,8 @@ it until it returns, so a cancellation is delivered only then.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar
 
@@ -32,3 +34,35 @@ async def to_the_end(operation: Coroutine[Any, Any, T] | asyncio.Future[T]) -> T
         _ = running.cancelled() or running.exception()  # seen: the cancellation is what counts
         raise cancelled
     return running.result()
+
+
+async def in_own_thread(work: Callable[[], None], stop: Callable[[], None]) -> None:
+    """Run ``work``, which may last as long as it likes, in a thread of its own.
+
+    A cancellation calls ``stop``, which has to make it return, and waits for that.
+    """
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
+
+    def end(error: BaseException | None) -> None:
+        if error is None:
+            ended.set_result(None)
+        else:
+            ended.set_exception(error)
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - it is raised where the thread is waited for
+            loop.call_soon_threadsafe(end, error)
+        else:
+            loop.call_soon_threadsafe(end, None)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        await asyncio.shield(ended)
+    except asyncio.CancelledError:
+        stop()
+        with contextlib.suppress(Exception):  # what it was stopped by
+            await to_the_end(ended)
+        raise

@@ -203,6 +203,11 @@ class TlsChannel(SocketChannel):
         except ssl.SSLError as error:
             raise self._explained(error) from error
 
+    def encrypted(self, data: memoryview) -> memoryview:
+        """Return what has to go to the socket, for whoever sends it there."""
+        self._encrypt(data)
+        return memoryview(self._outgoing.read())
+
     def _flush_now(self) -> bool:
         """Give the socket what it takes; True when nothing is left."""
         while True:
@@ -215,7 +220,7 @@ class TlsChannel(SocketChannel):
             except (BlockingIOError, InterruptedError):
                 return False
             except OSError as error:
-                raise self._converted("write to", "sending", error) from error
+                raise self.converted("write to", "sending", error) from error
             self._pending = self._pending[count:]
 
     async def _flush(self) -> None:
@@ -227,10 +232,10 @@ class TlsChannel(SocketChannel):
     async def receive_into(self, view: memoryview, *, deadline_s: float | None = None) -> int:
         await self._turn.take()
         view = view[:RECEIVE_MAX_BYTES]
-        while (count := self._decrypt(view)) is None:
+        while (count := self.decrypt(view)) is None:
             await self._more(deadline_s)
         # Whoever takes it apart has the same work for little as for much.
-        while 0 < count < len(view) and self._more_now() and (further := self._decrypt(view[count:])):
+        while 0 < count < len(view) and self._more_now() and (further := self.decrypt(view[count:])):
             count += further
         self._turn.moved(count)
         return count
@@ -242,7 +247,7 @@ class TlsChannel(SocketChannel):
         except OSError:
             return False
         if count:
-            self._feed(count)
+            self.feed(self._buffer[:count])
         return bool(count)
 
     async def receive_at_once(
@@ -252,7 +257,7 @@ class TlsChannel(SocketChannel):
 
         def drained() -> bool:
             nonlocal left
-            while (count := self._decrypt(view)) is not None:
+            while (count := self.decrypt(view)) is not None:
                 left = count
                 if not count or not take(count):
                     return False
@@ -260,11 +265,11 @@ class TlsChannel(SocketChannel):
 
         def taken() -> bool:
             try:
-                self._feed(self._sock.recv_into(self._buffer))
+                self.feed(self._buffer[: self._sock.recv_into(self._buffer)])
             except (BlockingIOError, InterruptedError):
                 return True
             except OSError as error:
-                raise self._converted("read from", "receiving", error) from error
+                raise self.converted("read from", "receiving", error) from error
             return drained()
 
         if drained():  # what came with the bytes before makes no socket readable
@@ -280,7 +285,7 @@ class TlsChannel(SocketChannel):
             self._plain += byte[:count]
         return bytes(self._plain[:1])
 
-    def _decrypt(self, view: memoryview) -> int | None:
+    def decrypt(self, view: memoryview) -> int | None:
         """Return how much of what has come was decrypted into ``view``; 0 = the end, None = nothing is there."""
         got = len(self._plain[: len(view)])
         view[:got] = self._plain[:got]
@@ -323,15 +328,16 @@ class TlsChannel(SocketChannel):
             self._shut_down_socket()
         while True:
             try:
-                return self._feed(self._sock.recv_into(self._buffer))
+                return self.feed(self._buffer[: self._sock.recv_into(self._buffer)])
             except (BlockingIOError, InterruptedError):
                 await self._wait(self._readiness.readable, deadline_s, "receiving")
             except OSError as error:
-                raise self._converted("read from", "receiving", error) from error
+                raise self.converted("read from", "receiving", error) from error
 
-    def _feed(self, count: int) -> None:
-        if count:
-            self._incoming.write(self._buffer[:count])
+    def feed(self, received: memoryview) -> None:
+        """Take what the socket gave; nothing means that it has ended."""
+        if received:
+            self._incoming.write(received)
         else:
             self._incoming.write_eof()
 
@@ -353,7 +359,7 @@ class TlsChannel(SocketChannel):
     def _set_aside(self) -> None:
         """Decrypt what has come: OpenSSL does not let go in order while it still has something to give."""
         ahead, piece = bytearray(), memoryview(bytearray(RECORD_BYTES))
-        while count := self._decrypt(piece):
+        while count := self.decrypt(piece):
             self.bytes_received -= count
             ahead += piece[:count]
         self._plain = ahead

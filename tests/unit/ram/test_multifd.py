@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ from migrated.model.stats import BandwidthMeter, RamStats
 from migrated.ram.multifd_load import MultifdLoad
 from migrated.ram.multifd_save import MultifdSave
 from migrated.stream.outgoing import OutgoingStream
+from migrated.transport.channel import SocketChannel
 from migrated.wire.multifd import HEAD_BYTES, PACKET_PAGES, PLAIN, PacketFlag, encode_head
 from migrated.wire.packing import METHODS
-from migrated.wire.ram import PAGE, PageRun, RamParser, ZeroRun
+from migrated.wire.ram import PAGE, PageRun, Pages, RamParser, ZeroRun
 from tests.support.channel import MemoryChannel
 from tests.support.memory_block import Block, memory_block
 
@@ -42,22 +44,34 @@ class Target:
 
     def __init__(self) -> None:
         self.load = MultifdLoad()
-        self.pages: dict[int, bytes] = {}
+        self.put_pages: dict[int, bytes] = {}
+        self.counted: set[int] = set()
         self.error: MigratedError | None = None
 
     def begin(
         self,
-        channels: list[MemoryChannel],
+        channels: list[SocketChannel],
         method: PacketFlag = PLAIN,
         *,
         silence_s: float = 5.0,
         checked: bool = False,
     ) -> None:
+        for channel in channels:
+            channel.silence_timeout_s = silence_s
         self.load.begin(channels, method, lambda: silence_s, checked=checked, from_qemu=True)
-        self.load.accept(BLOCKS, self.place)
+        self.load.accept(BLOCKS, self)
 
-    def place(self, run: PageRun) -> None:
-        self.pages.update(zip(run.pages.tolist(), (row.tobytes() for row in run.data), strict=True))
+    def put(self, run: PageRun) -> None:
+        self.put_pages.update(zip(run.pages.tolist(), (row.tobytes() for row in run.data), strict=True))
+
+    def arrived(self, block: str, pages: Pages) -> None:
+        assert block == "heap"
+        self.counted |= set(pages.tolist())
+
+    @property
+    def pages(self) -> dict[int, bytes]:
+        """What was put into memory and counts as arrived."""
+        return {page: body for page, body in self.put_pages.items() if page in self.counted}
 
     async def receive(self) -> None:
         try:
@@ -86,18 +100,73 @@ async def running(*jobs: asyncio.Task[None]) -> AsyncIterator[None]:
         await asyncio.gather(*jobs, return_exceptions=True)
 
 
-def pair(cut: int = 1 << 20) -> tuple[MemoryChannel, MemoryChannel]:
-    here, there = MemoryChannel(cut=cut), MemoryChannel(cut=cut)
-    here.other = there
-    return here, there
+@pytest.fixture
+async def pairs() -> AsyncIterator[Pairs]:
+    pairs = Pairs()
+    yield pairs
+    pairs.close()
+
+
+class Pairs:
+    """Connections whose ends are closed with the test."""
+
+    def __init__(self) -> None:
+        self._ends: list[SocketChannel | Feed] = []
+
+    def channels(self) -> tuple[SocketChannel, SocketChannel]:
+        """Return both ends of one."""
+        here, there = (
+            SocketChannel(sock, name) for sock, name in zip(socket.socketpair(), ("here", "there"), strict=True)
+        )
+        self._ends += [here, there]
+        return here, there
+
+    def fed(self) -> tuple[Feed, SocketChannel]:
+        """Return one end as bytes go in, and the other one."""
+        sock, other = socket.socketpair()
+        feed, there = Feed(sock), SocketChannel(other, "there")
+        self._ends += [feed, there]
+        return feed, there
+
+    def close(self) -> None:
+        for end in self._ends:
+            end.abort()
+
+
+class Feed:
+    """Bytes into a connection, one behind the other, as its other end takes them."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._task: asyncio.Task[None] | None = None
+
+    def __call__(self, data: bytes, *, eof: bool = False) -> None:
+        """Send this behind what came before."""
+        self._task = asyncio.create_task(self._send(self._task, data, eof=eof))
+
+    async def _send(self, before: asyncio.Task[None] | None, data: bytes, *, eof: bool) -> None:
+        if before is not None:
+            await before
+        with suppress(OSError):  # nobody reads it any more
+            await asyncio.get_running_loop().sock_sendall(self._sock, data)
+            if eof:
+                self._sock.shutdown(socket.SHUT_WR)
+
+    def abort(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+        self._sock.close()
 
 
 @pytest.mark.parametrize("checked", [False, True])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("scattered", [False, True])
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-async def test_pages_arrive(block: Block, channels: int, checked: bool, scattered: bool, method: PacketFlag) -> None:
-    ends = [pair(cut=70_000) for _ in range(channels)]
+async def test_pages_arrive(
+    block: Block, pairs: Pairs, channels: int, checked: bool, scattered: bool, method: PacketFlag
+) -> None:
+    ends = [pairs.channels() for _ in range(channels)]
     stats, target, (f, main) = RamStats(), Target(), stream(checked=checked)
     save = MultifdSave(stats)
     save.begin([here for here, _ in ends], method, 1)
@@ -122,21 +191,19 @@ async def test_pages_arrive(block: Block, channels: int, checked: bool, scattere
     assert stats.multifd_bytes == sum(here.bytes_sent for here, _ in ends) == target.load.received_bytes()
 
 
-async def test_what_comes_behind_a_sync_waits_for_it(block: Block) -> None:
+async def test_what_comes_behind_a_sync_waits_for_it(pairs: Pairs) -> None:
     """The same page over two channels: what was sent last stays, whichever channel is faster."""
-    (here, there), (other_here, other_there) = pair(), pair()
+    (feed, there), (other_feed, other_there) = pairs.fed(), pairs.fed()
     target = Target()
     target.begin([there, other_there])
     async with running(asyncio.create_task(target.receive())):
-        there.feed(packet([7], 1) + sync() + packet([7], 3) + sync())
-        await asyncio.sleep(0)
-        other_there.feed(packet([8], 2) + sync())
+        feed(packet([7], 1) + sync() + packet([7], 3) + sync())
+        other_feed(packet([8], 2) + sync())
         await target.load.sync()
         assert (target.pages[7], target.pages[8]) == (bytes([1]) * PAGE, bytes([2]) * PAGE)
-        other_there.feed(sync())
+        other_feed(sync())
         await target.load.sync()
         assert target.pages[7] == bytes([3]) * PAGE
-    assert (here.bytes_sent, other_here.bytes_sent) == (0, 0)
 
 
 async def send_all(save: MultifdSave, f: OutgoingStream, block: Block) -> None:
@@ -145,14 +212,15 @@ async def send_all(save: MultifdSave, f: OutgoingStream, block: Block) -> None:
     await save.sync(f)
 
 
-async def test_a_channel_that_breaks_is_named_where_something_is_wanted_of_it(block: Block) -> None:
-    good, _ = pair()
-    broken = MemoryChannel("there")
-    broken.feed(b"", eof=True)
+async def test_a_channel_that_breaks_is_named_where_something_is_wanted_of_it(block: Block, pairs: Pairs) -> None:
+    (good, reads), (broken, gone) = pairs.channels(), pairs.channels()
+    gone.abort()
     save, (f, _) = MultifdSave(RamStats()), stream()
     save.begin([good, broken], PLAIN, 0)
-    async with running(asyncio.create_task(save.run())):
-        with pytest.raises(ChannelClosed, match=r"multifd channel 1: closed \(peer there\)") as caught:
+    target = Target()
+    target.begin([reads])
+    async with running(asyncio.create_task(save.run()), asyncio.create_task(target.receive())):
+        with pytest.raises(ChannelClosed, match=r"multifd channel 1: Unable to write to socket: .*peer here") as caught:
             await send_all(save, f, block)
     assert caught.value.role == "multifd 1"
 
@@ -169,15 +237,16 @@ def sync() -> bytes:
 
 async def hears(data: bytes, *, eof: bool = True, silence_s: float = 5.0, checked: bool = False) -> Target:
     """Feed one channel, and wait for a SYNC behind it."""
-    target, channel = Target(), MemoryChannel("there")
+    target, pairs = Target(), Pairs()
+    feed, channel = pairs.fed()
     target.begin([channel], silence_s=silence_s, checked=checked)
-    channel.feed(data, eof=eof)
+    feed(data, eof=eof)
     async with running(asyncio.create_task(target.receive())):
         try:
             await target.load.sync()
-            await asyncio.sleep(0)
         except MigratedError as error:
             target.error = target.error or error
+    pairs.close()
     return target
 
 
@@ -213,32 +282,32 @@ async def test_a_packet_without_its_checksum() -> None:
     target = await hears(packet([1], 1) + sync(), checked=True)
     assert isinstance(target.error, RemoteProtocolError)
     assert "it changed on the way" in target.error.what
-    assert not target.pages
+    assert not target.put_pages
 
 
-async def test_pages_behind_listen_are_refused() -> None:
-    target, channel = Target(), MemoryChannel("there")
+async def test_pages_behind_listen_are_refused(pairs: Pairs) -> None:
+    target, (feed, channel) = Target(), pairs.fed()
     target.begin([channel])
     target.load.listen()
-    channel.feed(packet([1], 1))
+    feed(packet([1], 1))
     async with running(asyncio.create_task(target.receive())):
         with pytest.raises(RemoteProtocolError, match="pages over a multifd channel, expected none from LISTEN on"):
             await target.load.sync()
-    assert not target.pages
+    assert not target.put_pages
     assert target.error is None, "a connection that breaks now pauses the migration, and does not end it"
 
 
-async def test_packed_pages_that_are_none() -> None:
+async def test_packed_pages_that_are_none(pairs: Pairs) -> None:
     raw = np.empty(HEAD_BYTES, np.uint8)
     encode_head(raw, "heap", np.array([1]), flags=PacketFlag.ZSTD, size_bytes=9)
-    target, channel = Target(), MemoryChannel("there")
+    target, (feed, channel) = Target(), pairs.fed()
     target.begin([channel], PacketFlag.ZSTD)
-    channel.feed(raw.tobytes() + b"not zstd!")
+    feed(raw.tobytes() + b"not zstd!")
     await target.receive()
     assert isinstance(target.error, RemoteProtocolError)
     assert "packed pages cannot be unpacked (zstd)" in target.error.what
     assert target.error.section == "multifd channel 0"
-    assert not target.pages
+    assert not target.put_pages
 
 
 async def test_no_sync() -> None:
@@ -247,12 +316,17 @@ async def test_no_sync() -> None:
     assert target.error.what == "multifd channel 0: no SYNC within 0.01 s"
 
 
-async def test_a_packet_byte_by_byte_is_no_way_to_hold_a_daemon() -> None:
-    target = Target()
-    channel = MemoryChannel("there", cut=1)
-    target.begin([channel], silence_s=1e-5)
-    channel.feed(packet([1], 1))
-    await target.receive()
+async def test_a_packet_byte_by_byte_is_no_way_to_hold_a_daemon(pairs: Pairs) -> None:
+    target, (feed, channel) = Target(), pairs.fed()
+    target.begin([channel], silence_s=0.05)
+
+    async def trickle() -> None:
+        for byte in packet([1], 1):
+            feed(bytes([byte]))
+            await asyncio.sleep(0.005)
+
+    async with running(asyncio.create_task(trickle())):
+        await target.receive()
     assert isinstance(target.error, ChannelTimeout)
     assert "multifd channel 0: the peer sends too slowly" in target.error.what
 
@@ -265,4 +339,4 @@ async def test_any_bytes_are_pages_or_refused(noise: bytes, offsets: list[int], 
         head[320 + 8 * number : 328 + 8 * number] = offset.to_bytes(8, "big")
     target = await hears(bytes(head) + noise)
     assert target.error is not None
-    assert set(target.pages) <= set(range(PAGES))
+    assert set(target.put_pages) <= set(range(PAGES))

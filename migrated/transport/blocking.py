@@ -1,0 +1,145 @@
+"""A connection as one thread uses it, with calls that wait in the kernel.
+
+The rule of the file: from the moment one of these is made until it is closed, the channel behind it belongs to one
+thread, and nothing else sends or receives there. The thread has a descriptor of its own, so that nobody can close it
+under its hands; `interrupt`, from any thread, makes every call return.
+
+What a page costs is what the kernel does for it, and there the GIL is free: two threads move pages at once, and a
+thread has one call for half a MiB where the event loop has several and waits between them.
+
+Source: socket(7), SO_RCVTIMEO and SO_SNDTIMEO; recv(2), MSG_WAITALL. They count all that one call has waited, so a peer
+that sends a byte every now and then is noticed as one that is silent is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import time
+
+from migrated.errors import ChannelClosed, ChannelTimeout
+from migrated.transport.channel import PATIENCE, SocketChannel
+from migrated.transport.tls_channel import BATCH_BYTES, TlsChannel
+
+_TIMEOUTS = (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO)
+#: A kernel rounds what is shorter down to "for ever".
+_SHORTEST_S = 0.001
+
+
+class BlockingSocket:
+    """The descriptor of a SocketChannel, for one thread. Whoever makes it closes it when that thread has ended."""
+
+    def __init__(self, channel: SocketChannel) -> None:
+        self._channel = channel
+        self._silence_s = channel.silence_timeout_s
+        self._sock = channel.duplicate()
+        self._interrupted = False
+        timeout_s = max(self._silence_s, _SHORTEST_S)
+        timeval = struct.pack("@ll", int(timeout_s), int(timeout_s % 1 * 1_000_000))
+        for option in _TIMEOUTS:
+            self._sock.setsockopt(socket.SOL_SOCKET, option, timeval)
+        self._sock.settimeout(None)
+
+    @property
+    def peer(self) -> str:
+        """Who is at the other end."""
+        return self._channel.peer
+
+    def send(self, data: memoryview) -> None:
+        """Send all of it. Raises ChannelTimeout where the peer takes no byte, ChannelClosed."""
+        self._send(data)
+        self._channel.bytes_sent += len(data)
+
+    def _send(self, data: memoryview) -> None:
+        while data:
+            try:
+                data = data[self._sock.send(data, socket.MSG_NOSIGNAL) :]
+            except BlockingIOError as error:
+                text = f"the peer took no byte for {self._silence_s:g} s"
+                raise ChannelTimeout(text, peer=self.peer, phase="sending") from error
+            except OSError as error:
+                raise self._closed() or self._channel.converted("write to", "sending", error) from error
+
+    def fill(self, view: memoryview, *, idle: bool) -> bool:
+        """Receive exactly as much as fits; False where the stream ended before the first byte.
+
+        ``idle``: that one may take as long as it likes. Raises ChannelTimeout where it takes too long, ChannelClosed.
+        """
+        got, since = 0, time.monotonic()
+        while got < len(view):
+            count = self._receive(view[got:])
+            if count == 0:
+                if closed := self._closed():
+                    raise closed
+                if got or not idle:
+                    raise ChannelClosed("it ended within a packet", peer=self.peer, phase="receiving")
+                return False
+            now = time.monotonic()
+            if count is None and not (idle and not got):
+                raise ChannelTimeout(f"the peer sent nothing for {self._silence_s:g} s", peer=self.peer)
+            if not got:
+                since = now
+            got += count or 0
+            if got < len(view) and got and now - since > PATIENCE * self._silence_s:
+                text = f"the peer sends too slowly: not one packet in {PATIENCE * self._silence_s:g} s"
+                raise ChannelTimeout(text, peer=self.peer)
+        return True
+
+    def _receive(self, view: memoryview) -> int | None:
+        """Return how much has come, at best all; 0 for the end, None where nothing has for too long."""
+        count = self._receive_raw(view, socket.MSG_WAITALL)
+        self._channel.bytes_received += count or 0
+        return count
+
+    def _receive_raw(self, view: memoryview, flags: int) -> int | None:
+        try:
+            return self._sock.recv_into(view, 0, flags)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise self._closed() or self._channel.converted("read from", "receiving", error) from error
+
+    def _closed(self) -> ChannelClosed | None:
+        return ChannelClosed("the channel was closed at this end", peer=self.peer) if self._interrupted else None
+
+    def interrupt(self) -> None:
+        """End whatever the thread waits for, by the end of the connection. From any thread, also twice."""
+        self._interrupted = True
+        with contextlib.suppress(OSError):  # gone already
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Give the channel back to the event loop."""
+        # It is one open file with two numbers, and the other one's calls must not wait.
+        os.set_blocking(self._sock.fileno(), False)
+        self._sock.close()
+
+
+class BlockingTls(BlockingSocket):
+    """The same under TLS: encryption is this thread's work, too, and the GIL is free in it."""
+
+    def __init__(self, channel: TlsChannel) -> None:
+        super().__init__(channel)
+        self._tls = channel
+        self._buffer = memoryview(bytearray(BATCH_BYTES))
+
+    def send(self, data: memoryview) -> None:
+        """Send all of it. Raises ChannelTimeout where the peer takes no byte, ChannelClosed."""
+        for start in range(0, len(data), BATCH_BYTES):
+            self._send(self._tls.encrypted(data[start : start + BATCH_BYTES]))
+        self._channel.bytes_sent += len(data)
+
+    def _receive(self, view: memoryview) -> int | None:
+        while (count := self._tls.decrypt(view)) is None:
+            received = self._receive_raw(self._buffer, 0)
+            if received is None:
+                return None
+            self._tls.feed(self._buffer[:received])
+        return count
+
+
+def blocking(channel: SocketChannel) -> BlockingSocket:
+    """Return a channel as a thread uses it. Raises ChannelClosed where it is closed."""
+    return BlockingTls(channel) if isinstance(channel, TlsChannel) else BlockingSocket(channel)
