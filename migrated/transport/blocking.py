@@ -71,8 +71,6 @@ class BlockingSocket:
         while got < len(view):
             count = self._receive(view[got:])
             if count == 0:
-                if closed := self._closed():
-                    raise closed
                 if got or not idle:
                     raise ChannelClosed("it ended within a packet", peer=self.peer, phase="receiving")
                 return False
@@ -95,11 +93,14 @@ class BlockingSocket:
 
     def _receive_raw(self, view: memoryview, flags: int) -> int | None:
         try:
-            return self._sock.recv_into(view, 0, flags)
+            count = self._sock.recv_into(view, 0, flags)
         except BlockingIOError:
             return None
         except OSError as error:
             raise self._closed() or self._channel.converted("read from", "receiving", error) from error
+        if not count and (closed := self._closed()):
+            raise closed
+        return count
 
     def _closed(self) -> ChannelClosed | None:
         return ChannelClosed("the channel was closed at this end", peer=self.peer) if self._interrupted else None
