@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from migrated.control.figure_shapes import FaultInfo, PackingInfo
 from migrated.control.problem_shapes import BlockerInfo, ErrorInfo, PeerInfo
 from migrated.model.job import JobStatus, JobType
 from migrated.model.runstate import RunState
@@ -229,25 +230,6 @@ class MigrationOutcome(StrEnum):
     UNKNOWN = "unknown"
 
 
-class LatencyInfo(Shape, frozen=True):
-    """Latencies of one class of faults; bucket N counts those in [2^N, 2^(N+1)) microseconds."""
-
-    count: int
-    p50_us: int
-    p99_us: int
-    max_us: int
-    buckets: list[int]
-
-
-class FaultInfo(Shape, frozen=True):
-    """What faults on missing pages have cost."""
-
-    requests: int
-    remote: LatencyInfo
-    in_flight: LatencyInfo
-    local: LatencyInfo
-
-
 class KeptSectionInfo(Shape, frozen=True):
     """A section that nothing here takes, kept as it came (x-migrated-keep-unknown-sections)."""
 
@@ -278,6 +260,7 @@ class MigrationInfo(Shape, frozen=True):
     x_migrated_convergence: ConvergenceInfo | UnsetType = UNSET
     x_migrated_downtime: DowntimeInfo | UnsetType = UNSET
     x_migrated_faults: FaultInfo | UnsetType = UNSET
+    x_migrated_packing: PackingInfo | UnsetType = UNSET
     x_migrated_outcome: MigrationOutcome | UnsetType = UNSET
     x_migrated_migration_id: str | UnsetType = UNSET
     x_migrated_peer: PeerInfo | UnsetType = UNSET

@@ -55,6 +55,7 @@ from migrated.model.handover import Hold
 from migrated.model.runstate import RunState
 from migrated.ram.content import hash_content
 from migrated.ram.load import RamLoad
+from migrated.ram.multifd_save import MultifdSave
 from migrated.ram.save import RamSave
 from migrated.savevm.handlers import SaveVMHandlers
 from migrated.savevm.iothread_lock import IothreadLock
@@ -204,6 +205,7 @@ class Daemon:
             postcopy=lambda: settings.enabled("postcopy-ram"),
             cache_bytes=settings.delta_cache_bytes,
             deltas=outgoing.deltas,
+            channels=MultifdSave(outgoing.stats, outgoing.packing),
         )
 
     async def _open_metrics(self, stack: AsyncExitStack, host: Host, machine: Machine, outgoing: Progress) -> None:

@@ -21,6 +21,9 @@ from migrated.wire.packing import METHODS
 
 #: Addresses that lead to the same peer each time.
 DIALLED_AGAIN = ("tcp:", "unix:")
+AUTO = "auto"
+#: How hard a method tries, by the values of the parameter multifd-compression.
+LEVELS = {"zlib": "multifd-zlib-level", "zstd": "multifd-zstd-level", AUTO: "multifd-zstd-level"}
 
 
 class DataChannels:
@@ -53,7 +56,7 @@ class DataChannels:
     async def open_first(self, dial: Dial, *, resumes: bool) -> None:
         """Dial what comes right behind the main connection. Raises what ``dial`` raises, ChannelError, CommandError."""
         if self.wanted and not resumes:
-            await self._open(dial)
+            await self._open(dial, known=False)
         elif self._preempts:
             # A 7.2 expects it right behind the first: the order says which is which.
             self.urgent = await dial()
@@ -65,7 +68,7 @@ class DataChannels:
         """
         opens = channels and not self._channels
         if opens:
-            await self._open(dial)
+            await self._open(dial, known=True)
         if self._preempts and self.urgent is None:
             self.urgent = await dial()
         elif self.urgent is not None and verdict.answer is not None and not verdict.answer.preempt:
@@ -83,8 +86,8 @@ class DataChannels:
     def _preempts(self) -> bool:
         return all(map(self._host.settings.enabled, ("postcopy-ram", "postcopy-preempt")))
 
-    async def _open(self, dial: Dial) -> None:
-        """Dial as many as there are to be, and say on each which it is."""
+    async def _open(self, dial: Dial, *, known: bool) -> None:
+        """Dial as many as there are to be, and say on each which it is. ``known``: this peer takes what is chosen."""
         settings, uuid = self._host.settings, self._host.machine.uuid
         raw = bytes.fromhex(uuid.replace("-", "")) if uuid else NO_UUID
         for number in range(settings.parameters.integer("multifd-channels")):
@@ -96,7 +99,9 @@ class DataChannels:
             channel.silence_timeout_s = settings.silence_timeout_s()
             await channel.send(encode_initial(Initial(number, raw)))
         method = str(settings.parameters.get("multifd-compression"))
-        level = settings.parameters.integer(f"multifd-{method}-level") if method != "none" else 0
+        if method == AUTO and not known:
+            method = "none"  # it may be a QEMU, which has no such thing
+        level = settings.parameters.integer(LEVELS[method]) if method in LEVELS else 0
         self._host.multifd_save.begin(self._channels, METHODS[method], level)
 
     def check_peer(self, kind: PeerKind) -> None:

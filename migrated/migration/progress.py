@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from migrated.model.convergence import Assessment, Facts, assess
 from migrated.model.faults import FaultSummary
+from migrated.model.packing_choice import PackingChoice
 from migrated.model.stats import BandwidthMeter, DeltaStats, DowntimeLedger, RamStats
 
 #: QEMU trusts a bandwidth figure only after this much has been sent.
@@ -35,6 +36,7 @@ class Progress:
         self._clock = clock
         self.stats = RamStats()
         self.deltas = DeltaStats()
+        self.packing = PackingChoice()
         self.meter = BandwidthMeter()
         self.ledger = DowntimeLedger()
         self._kept = False
@@ -44,6 +46,7 @@ class Progress:
         """Forget the last migration; this one began ``at``, or now."""
         self.stats.reset()
         self.deltas.reset()
+        self.packing.reset()
         self.meter = BandwidthMeter()
         self.ledger = DowntimeLedger()
         self.passes: list[Pass] = []

@@ -73,6 +73,8 @@ def describe_outgoing(
     answer["x-migrated-peer"] = {"address": migration.peer, "kind": migration.kind.value}
     if progress.deltas.cache_size:
         answer["xbzrle-cache"] = progress.deltas.as_dict()
+    if progress.packing.active:
+        answer["x-migrated-packing"] = progress.packing.as_dict()
     if progress.faults is not None:
         answer["x-migrated-faults"] = progress.faults.as_dict()
     if (eta_ms := progress.eta_ms()) is not None:

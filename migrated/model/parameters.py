@@ -159,7 +159,7 @@ PARAMETERS: Mapping[str, Parameter] = {
         ),
         _rate("max-postcopy-bandwidth", implemented=True),
         _percent("max-cpu-throttle", 99, expects="an integer in the range of cpu_throttle_initial to 99"),
-        Parameter("multifd-compression", Kind.ENUM, "none", choices=("none", "zlib", "zstd"), implemented=True),
+        Parameter("multifd-compression", Kind.ENUM, "none", choices=("none", "zlib", "zstd", "auto"), implemented=True),
         _level("multifd-zlib-level"),
         _level("multifd-zstd-level", 20),
         Parameter("block-bitmap-mapping", Kind.LIST, None),

@@ -115,14 +115,14 @@ class BandwidthMeter:
         self._sent += count
 
     @property
-    def budget_bytes(self) -> float | None:
-        """What may be sent in one window; None without a limit."""
-        return self._limit_bps * self._window_s if self._limit_bps else None
+    def limit_bps(self) -> int | None:
+        """The limit, in bytes per second; None without one."""
+        return self._limit_bps or None
 
     def exceeded(self, now: float) -> bool:
         """Say whether the present window's budget is used up."""
         self._begin(now)
-        return self.budget_bytes is not None and self._debt + self._sent > self.budget_bytes
+        return bool(self._limit_bps) and self._debt + self._sent > self._limit_bps * self._window_s
 
     def time_left_s(self, now: float) -> float:
         """Return the time until the present window may be closed."""

@@ -60,7 +60,7 @@ class Landing(Protocol):
 class _Terms:
     """What holds for all channels."""
 
-    method: PacketFlag
+    methods: Sequence[PacketFlag]
     checked: bool
     """Each packet has its checksum."""
     syncs_in_postcopy: bool
@@ -136,7 +136,7 @@ class _Reader:
     def _receive(self, end: BlockingSocket, synced: Callable[[], object]) -> None:
         head_view = self._raw[:HEAD_BYTES].data
         while end.fill(head_view, idle=True):
-            head = parse_head(head_view, self.blocks, self._terms.method, self.number)
+            head = parse_head(head_view, self.blocks, self._terms.methods, self.number)
             size = HEAD_BYTES + head.size_bytes
             end.fill(self._raw[HEAD_BYTES:size].data, idle=False)
             if self._terms.checked:
@@ -164,7 +164,8 @@ class _Reader:
     def _put(self, head: Head) -> None:
         """Put the pages of a packet where they belong. Raises RemoteProtocolError, KernelError."""
         content = self._raw[HEAD_BYTES : HEAD_BYTES + head.size_bytes]
-        if self._unpacker is not None:
+        if head.packed:
+            assert self._unpacker is not None
             pages = self._unpacked[: len(head.pages) * PAGE]
             self._unpacker.unpack(content.data, pages.data)
             content = pages
@@ -186,7 +187,7 @@ class MultifdLoad:
     def end(self) -> None:
         """Forget the channels. Twice does no harm."""
         self._readers: list[_Reader] = []
-        self._terms = _Terms(PLAIN, checked=False, syncs_in_postcopy=False)
+        self._terms = _Terms((PLAIN,), checked=False, syncs_in_postcopy=False)
         self._silence_timeout_s: Callable[[], float] = lambda: 0.0
         self._listens = False
         self._landing: Landing = _Nowhere()
@@ -196,16 +197,16 @@ class MultifdLoad:
     def begin(
         self,
         channels: Sequence[SocketChannel],
-        method: PacketFlag,
+        methods: Sequence[PacketFlag],
         silence_timeout_s: Callable[[], float],
         *,
         checked: bool,
         from_qemu: bool,
     ) -> None:
-        """Take pages from these, packed by ``method``. ``checked``: each packet has its checksum."""
-        self._terms = _Terms(method, checked, from_qemu)
+        """Take pages from these, packed by one of ``methods``. ``checked``: each packet has its checksum."""
+        self._terms = _Terms(methods, checked, from_qemu)
         self._silence_timeout_s = silence_timeout_s
-        ends: Sequence[Unpacker | None] = unpackers(method, len(channels)) or [None] * len(channels)
+        ends: Sequence[Unpacker | None] = unpackers(methods[-1], len(channels)) or [None] * len(channels)
         pairs = zip(channels, ends, strict=True)
         self._readers = [
             _Reader(number, channel, self._terms, unpacker) for number, (channel, unpacker) in enumerate(pairs)

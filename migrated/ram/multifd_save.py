@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -26,6 +27,7 @@ from xxhash import xxh3_64_digest
 
 from migrated.errors import ChannelError
 from migrated.model.bitmap import consecutive
+from migrated.model.packing_choice import JobCost, PackingChoice
 from migrated.model.stats import RamStats
 from migrated.ram.deltas import Deltas
 from migrated.ram.multifd_load import named
@@ -40,6 +42,7 @@ from migrated.wire.multifd import (
     CHECKSUM_BYTES,
     HEAD_BYTES,
     PACKET_PAGES,
+    PLAIN,
     PacketFlag,
     encode_head,
 )
@@ -50,8 +53,8 @@ from migrated.wire.ram_encoder import RamEncoder
 NO_PAGES = np.empty(0, np.int64)
 #: What a thread is given at a time, so that the handing over hardly counts.
 JOB_PAGES = 8 * PACKET_PAGES
-#: Where the rate is limited, so many jobs of each channel make up what may be sent in one window of time.
-JOBS_PER_WINDOW = 8
+#: Where the rate is limited, so many jobs of each channel make up what may be sent in a second.
+JOBS_PER_SECOND = 80
 JOB_MIN_PAGES = 16
 #: One that a channel sends, and one that it finds when it has done that.
 JOBS_PER_LANE = 2
@@ -64,6 +67,7 @@ class _Job:
     block: RamBlockPort | None
     pages: NDArray[np.int64]
     checked: bool
+    packs: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -75,6 +79,12 @@ class _Done:
     """Pages that are for the main stream to tell."""
     normal: int = 0
     sent_bytes: int = 0
+    pack_s: float = 0.0
+    send_s: float = 0.0
+
+    @property
+    def cost(self) -> JobCost:
+        return JobCost(self.normal * PAGE, self.sent_bytes, self.pack_s, self.send_s)
 
 
 class _Packet:
@@ -186,13 +196,24 @@ class _Lane:
             if len(zero):
                 report.zero.append(zero)
             if len(packet.pages):
-                packed = self._packer.pack(packet.content) if self._packer is not None else None
-                data = packet.sealed(self._method, next(numbers), checked=job.checked, packed=packed)
+                flags, packed = PLAIN, None
+                if job.packs:
+                    flags, packed = self._method, self._pack(packet, report)
+                data = packet.sealed(flags, next(numbers), checked=job.checked, packed=packed)
                 self._send(end, data, report)
                 report.normal += len(packet.pages)
 
+    def _pack(self, packet: _Packet, report: _Done) -> bytes:
+        assert self._packer is not None
+        began = time.monotonic()
+        packed = self._packer.pack(packet.content)
+        report.pack_s += time.monotonic() - began
+        return packed
+
     def _send(self, end: BlockingSocket, data: memoryview, report: _Done) -> None:
+        began = time.monotonic()
         end.send(data)
+        report.send_s += time.monotonic() - began
         report.sent_bytes += len(data)
 
 
@@ -202,8 +223,9 @@ class MultifdSave:
     deltas: Deltas | None = None
     """None: a channel carries whole pages."""
 
-    def __init__(self, stats: RamStats) -> None:
+    def __init__(self, stats: RamStats, choice: PackingChoice | None = None) -> None:
         self._stats = stats
+        self._choice = choice or PackingChoice()
         self.end()
 
     # -- for the engine ----------------------------------------------------------------------------------------
@@ -211,13 +233,18 @@ class MultifdSave:
     def end(self) -> None:
         """Forget the channels. Twice does no harm."""
         self._lanes: list[_Lane] = []
+        self._packs = False
         self._encoder = RamEncoder()
         self._done: list[_Done] = []
         """What has become of jobs, and was not told yet."""
         self._changed = asyncio.Event()
 
-    def begin(self, channels: Sequence[SocketChannel], method: PacketFlag, level: int) -> None:
-        """Send over these from the next setup on, packed by ``method``."""
+    def begin(self, channels: Sequence[SocketChannel], methods: Sequence[PacketFlag], level: int) -> None:
+        """Send over these from the next setup on, packed by one of ``methods``."""
+        method = methods[-1]
+        self._packs = bool(method)
+        if len(methods) > 1:
+            self._choice.begin(len(channels))
         ends: Sequence[Packer | None] = packers(method, level, len(channels)) or [None] * len(channels)
         pairs = zip(channels, ends, strict=True)
         self._lanes = [_Lane(number, channel, packer, method) for number, (channel, packer) in enumerate(pairs)]
@@ -243,9 +270,9 @@ class MultifdSave:
 
     def capacity(self, f: OutgoingStream, block: RamBlockPort) -> int:
         """Return how many pages of a block `send` takes."""
-        if (budget := f.budget_bytes) is None:
+        if (limit_bps := f.limit_bps) is None:
             return JOB_PAGES
-        share = int(budget) // (JOBS_PER_WINDOW * len(self._lanes) * PAGE)
+        share = int(limit_bps / JOBS_PER_SECOND) // (len(self._lanes) * PAGE)
         return min(max(share, JOB_MIN_PAGES), JOB_PAGES)
 
     def put_zeros(self, f: OutgoingStream, block: RamBlockPort, pages: NDArray[np.int64]) -> None:
@@ -261,7 +288,8 @@ class MultifdSave:
         """Have pages read and sent by the channel that has least to do. Raises ChannelError."""
         while (lane := min(self._lanes, key=_given)).given >= JOBS_PER_LANE:
             await self._wait(f)
-        lane.give(_Job(block, pages, f.checks))
+        packs = self._choice.next_packs(f.limit_bps) if self._choice.active else self._packs
+        lane.give(_Job(block, pages, f.checks, packs))
         if self._done:
             await self._tell(f)
 
@@ -291,6 +319,8 @@ class MultifdSave:
             self._stats.normal += one.normal
             self._stats.multifd_bytes += one.sent_bytes
             f.account(one.sent_bytes)
+            if self._choice.active:
+                self._choice.took(one.cost)
             for zero in one.zero:
                 assert one.block is not None
                 self.put_zeros(f, one.block, zero)

@@ -66,6 +66,7 @@ class RamSave:
         postcopy: Callable[[], bool] = lambda: False,
         cache_bytes: Callable[[], int] = lambda: 0,
         deltas: DeltaStats | None = None,
+        channels: MultifdSave | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._everything = asyncio.Event()
@@ -79,7 +80,7 @@ class RamSave:
         self._stats = stats
         self._on_sync = on_sync
         self._clock = clock
-        self.channels = MultifdSave(stats)
+        self.channels = channels or MultifdSave(stats)
         self._reset()
 
     def _reset(self) -> None:
@@ -112,8 +113,7 @@ class RamSave:
             self._unsent.split(block.name, *await asyncio.to_thread(_split_holes, block))
         self._update_remaining()
         self._synced(0)
-        if self.channels.active:
-            await self.channels.sync(f)
+        await self.channels.sync(f)
         f.put_buffer(encode_block_list([(block.name, block.size_bytes) for block in blocks]))
 
     async def save_live_pending(self, f: OutgoingStream, opaque: Any, threshold_size: int) -> Pending:

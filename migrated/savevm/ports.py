@@ -285,8 +285,8 @@ class PostcopySavePort(Protocol):
 class MultifdSavePort(Protocol):
     """The source's channels for pages."""
 
-    def begin(self, channels: Sequence[SocketChannel], method: PacketFlag, level: int) -> None:
-        """Send pages over these from the next setup on, packed by ``method``."""
+    def begin(self, channels: Sequence[SocketChannel], methods: Sequence[PacketFlag], level: int) -> None:
+        """Send pages over these from the next setup on, packed by one of ``methods``."""
         ...
 
     async def run(self) -> None:
@@ -304,13 +304,13 @@ class MultifdLoadPort(Protocol):
     def begin(
         self,
         channels: Sequence[SocketChannel],
-        method: PacketFlag,
+        methods: Sequence[PacketFlag],
         silence_timeout_s: Callable[[], float],
         *,
         checked: bool,
         from_qemu: bool,
     ) -> None:
-        """Take pages from these, packed by ``method``. ``checked``: every packet has a checksum."""
+        """Take pages from these, packed by one of ``methods``. ``checked``: every packet has a checksum."""
         ...
 
     async def receive(self) -> None:

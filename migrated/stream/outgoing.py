@@ -97,9 +97,9 @@ class OutgoingStream:
         return self._meter.exceeded(self._clock())
 
     @property
-    def budget_bytes(self) -> float | None:
-        """What may be sent in one window of the rate limit; None without one."""
-        return self._meter.budget_bytes
+    def limit_bps(self) -> int | None:
+        """The rate limit, in bytes per second; None without one."""
+        return self._meter.limit_bps
 
     async def drain(self) -> None:
         """Send everything put so far."""

@@ -16,7 +16,7 @@ Source of the format: QEMU 7.2, multifd; error texts are QEMU's where QEMU has o
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntFlag
 from uuid import UUID
@@ -83,6 +83,7 @@ class Head:
     block: str = ""
     pages: Pages = field(default_factory=lambda: np.empty(0, np.int64))
     size_bytes: int = 0
+    packed: bool = False
     checksum: bytes = bytes(CHECKSUM_BYTES)
 
 
@@ -124,8 +125,8 @@ def encode_head(
     offsets[len(pages) :] = 0
 
 
-def parse_head(raw: memoryview, blocks: Mapping[str, int], method: PacketFlag, channel: int) -> Head:
-    """Parse HEAD_BYTES of a channel whose pages are packed by ``method``.
+def parse_head(raw: memoryview, blocks: Mapping[str, int], methods: Sequence[PacketFlag], channel: int) -> Head:
+    """Parse HEAD_BYTES of a channel whose pages are packed by one of ``methods``.
 
     ``blocks`` maps names to lengths in bytes. Raises RemoteProtocolError.
     """
@@ -140,15 +141,16 @@ def parse_head(raw: memoryview, blocks: Mapping[str, int], method: PacketFlag, c
     sync = bool(flags & PacketFlag.SYNC)
     if not count:
         return Head(sync, checksum=checksum)
-    if flags & _METHODS != method:
-        raise _refusal(f"multifd {channel}: flags received {flags & _METHODS:x} flags expected {method:x}")
+    method = flags & _METHODS
+    if method not in methods:
+        raise _refusal(f"multifd {channel}: flags received {method:x} flags expected {methods[-1]:x}")
     block = decode_name(name.partition(b"\0")[0], "a block name")
     if block not in blocks:
         raise _refusal(f"multifd: unknown ram block {block}")
     if method and size > PACKED_MAX_BYTES:
         raise _refusal(f"multifd {channel}: {size} bytes of packed pages", expected=f"at most {PACKED_MAX_BYTES}")
     pages = _parse_pages(raw, count, blocks[block])
-    return Head(sync, block, pages, size if method else count * PAGE, checksum)
+    return Head(sync, block, pages, size if method else count * PAGE, bool(method), checksum)
 
 
 def _parse_pages(raw: memoryview, count: int, length: int) -> Pages:

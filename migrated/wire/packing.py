@@ -10,7 +10,7 @@ Source of the format: QEMU 7.2, multifd-compression (Z_SYNC_FLUSH, ZSTD_e_flush)
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import zstandard
@@ -125,8 +125,13 @@ class ZstdUnpacker:
         out[:] = room[:got]
 
 
-#: By the values of the parameter multifd-compression.
-METHODS: Mapping[str, PacketFlag] = {"none": PLAIN, "zlib": PacketFlag.ZLIB, "zstd": PacketFlag.ZSTD}
+#: How packets may be packed, by the values of the parameter multifd-compression; what is packed is so by the last.
+METHODS: Mapping[str, Sequence[PacketFlag]] = {
+    "none": (PLAIN,),
+    "zlib": (PacketFlag.ZLIB,),
+    "zstd": (PacketFlag.ZSTD,),
+    "auto": (PLAIN, PacketFlag.ZSTD),
+}
 
 
 def packers(method: PacketFlag, level: int, channels: int) -> list[Packer]:

@@ -75,7 +75,7 @@ def test_the_destination_does_as_its_source_and_forgets_it_again(pair: tuple[Sit
     assert b.log_path.read_text().count('"multifd_channel"') == 5
     assert [b.qmp.execute(f"query-migrate-{what}") for what in ("capabilities", "parameters")] == before
     migrate(b, a)
-    assert a.log_path.read_text().count('"multifd_channel"') == 0
+    assert a.log_path.read_text().count('"multifd_channel"') == 2
 
 
 @pytest.mark.parametrize("preempt", [False, True])
@@ -121,6 +121,37 @@ def test_packed(compression: str, tmp_path: Path) -> None:
         figures = a.migrate(b.address)
         assert b.peek("heap") == CONTENT
         assert 0 < figures["ram"]["multifd-bytes"] < len(CONTENT) / 2
+
+
+def test_packed_where_that_pays(tmp_path: Path) -> None:
+    """Without `multifd`: the channels between two daemons. The rate limit makes a slow network of this one."""
+    with holders(tmp_path) as (a, b):
+        a.parameter("multifd-compression", "auto")
+        a.parameter("max-bandwidth", 4 * MIB)
+        figures = a.migrate(b.address)
+        assert b.peek("heap") == CONTENT
+        packing = figures["x-migrated-packing"]
+        assert packing["chosen"] == "zstd"
+        assert "packed, memory goes" in packing["why"]
+        assert 0 < packing["packed-bytes"] < len(CONTENT)
+        assert 0 < figures["ram"]["multifd-bytes"] < len(CONTENT)
+
+
+def test_one_connection_where_no_more_are_wanted(tmp_path: Path) -> None:
+    with holders(tmp_path) as (a, b):
+        a.parameter("x-migrated-data-channels", value=False)
+        figures = a.migrate(b.address)
+        assert b.peek("heap") == CONTENT
+        assert figures["ram"]["multifd-bytes"] == 0
+        assert '"multifd_channel"' not in b.log_path.read_text()
+
+
+def test_channels_by_themselves_between_two_daemons(pair: tuple[Site, Site]) -> None:
+    a, b = pair
+    figures = migrate(a, b)
+    assert figures["ram"]["multifd-bytes"] > figures["ram"]["total"] / 2
+    assert b.log_path.read_text().count('"multifd_channel"') == 2
+    migrate(b, a)
 
 
 def test_channels_may_come_before_the_stream(pair: tuple[Site, Site]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 
 import numpy as np
@@ -51,14 +51,14 @@ class Target:
     def begin(
         self,
         channels: list[SocketChannel],
-        method: PacketFlag = PLAIN,
+        methods: Sequence[PacketFlag] = (PLAIN,),
         *,
         silence_s: float = 5.0,
         checked: bool = False,
     ) -> None:
         for channel in channels:
             channel.silence_timeout_s = silence_s
-        self.load.begin(channels, method, lambda: silence_s, checked=checked, from_qemu=True)
+        self.load.begin(channels, methods, lambda: silence_s, checked=checked, from_qemu=True)
         self.load.accept(BLOCKS, self)
 
     def put(self, run: PageRun) -> None:
@@ -162,15 +162,15 @@ class Feed:
 @pytest.mark.parametrize("checked", [False, True])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("scattered", [False, True])
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("methods", METHODS.values(), ids=METHODS)
 async def test_pages_arrive(
-    block: Block, pairs: Pairs, channels: int, checked: bool, scattered: bool, method: PacketFlag
+    block: Block, pairs: Pairs, channels: int, checked: bool, scattered: bool, methods: Sequence[PacketFlag]
 ) -> None:
     ends = [pairs.channels() for _ in range(channels)]
     stats, target, (f, main) = RamStats(), Target(), stream(checked=checked)
     save = MultifdSave(stats)
-    save.begin([here for here, _ in ends], method, 1)
-    target.begin([there for _, there in ends], method, checked=checked)
+    save.begin([here for here, _ in ends], methods, 1)
+    target.begin([there for _, there in ends], methods, checked=checked)
     async with running(asyncio.create_task(save.run()), asyncio.create_task(target.receive())):
         for first in range(0, PAGES, PACKET_PAGES):
             pages = np.arange(first, first + PACKET_PAGES)
@@ -216,7 +216,7 @@ async def test_a_channel_that_breaks_is_named_where_something_is_wanted_of_it(bl
     (good, reads), (broken, gone) = pairs.channels(), pairs.channels()
     gone.abort()
     save, (f, _) = MultifdSave(RamStats()), stream()
-    save.begin([good, broken], PLAIN, 0)
+    save.begin([good, broken], [PLAIN], 0)
     target = Target()
     target.begin([reads])
     async with running(asyncio.create_task(save.run()), asyncio.create_task(target.receive())):
@@ -301,7 +301,7 @@ async def test_packed_pages_that_are_none(pairs: Pairs) -> None:
     raw = np.empty(HEAD_BYTES, np.uint8)
     encode_head(raw, "heap", np.array([1]), flags=PacketFlag.ZSTD, size_bytes=9)
     target, (feed, channel) = Target(), pairs.fed()
-    target.begin([channel], PacketFlag.ZSTD)
+    target.begin([channel], [PacketFlag.ZSTD])
     feed(raw.tobytes() + b"not zstd!")
     await target.receive()
     assert isinstance(target.error, RemoteProtocolError)

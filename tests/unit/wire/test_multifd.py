@@ -35,13 +35,13 @@ def raw_head(
     return head + struct.pack(">128Q", *offsets, *[0] * (128 - len(offsets)))
 
 
-def parse(raw: bytes, method: PacketFlag = PLAIN) -> Head:
-    return multifd.parse_head(memoryview(raw), BLOCKS, method, 3)
+def parse(raw: bytes, *methods: PacketFlag) -> Head:
+    return multifd.parse_head(memoryview(raw), BLOCKS, methods or (PLAIN,), 3)
 
 
-def refusal(raw: bytes, method: PacketFlag = PLAIN) -> str:
+def refusal(raw: bytes, *methods: PacketFlag) -> str:
     with pytest.raises(RemoteProtocolError) as caught:
-        parse(raw, method)
+        parse(raw, *methods)
     assert caught.value.section == "multifd"
     return caught.value.what
 
@@ -97,6 +97,14 @@ def test_packed_pages() -> None:
     multifd.encode_head(out, "rom", np.array([0]), flags=PacketFlag.ZSTD, size_bytes=99)
     head = parse(out.tobytes(), PacketFlag.ZSTD)
     assert (head.sync, head.block, head.pages.tolist(), head.size_bytes) == (False, "rom", [0], 99)
+    assert head.packed
+
+
+def test_packed_or_not_where_the_source_chooses() -> None:
+    plain, packed = (parse(raw_head(flags=flags, size=9), PLAIN, PacketFlag.ZSTD) for flags in (0, 4))
+    assert (plain.packed, plain.size_bytes) == (False, PAGE)
+    assert (packed.packed, packed.size_bytes) == (True, 9)
+    assert refusal(raw_head(flags=2), PLAIN, PacketFlag.ZSTD) == "multifd 3: flags received 2 flags expected 4"
 
 
 def test_what_a_packet_without_pages_leaves_behind_is_not_looked_at() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from migrated.errors import RemoteProtocolError
 from migrated.wire import packing
-from migrated.wire.multifd import PACKET_BYTES, PacketFlag
+from migrated.wire.multifd import PACKET_BYTES, PLAIN, PacketFlag
 from migrated.wire.packing import Packer, Unpacker
 from migrated.wire.ram import PAGE
 
@@ -84,8 +84,8 @@ def test_a_packet_with_other_than_its_pages(method: PacketFlag) -> None:
 
 
 def test_nothing_is_packed_where_pages_go_as_they_are() -> None:
-    assert packing.packers(packing.METHODS["none"], 1, 3) == packing.unpackers(packing.METHODS["none"], 3) == []
-    assert [packing.METHODS[name] for name in NAMES.values()] == list(NAMES)
+    assert packing.packers(PLAIN, 1, 3) == packing.unpackers(PLAIN, 3) == []
+    assert [packing.METHODS[name] for name in NAMES.values()] == [(method,) for method in NAMES]
 
 
 @METHODS
