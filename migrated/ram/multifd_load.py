@@ -120,6 +120,9 @@ class _Reader:
             raise named(error, self.number) from error
         finally:
             end.close()
+            # Whatever still knows this reader: an error in a task group is held in circles with its frames.
+            self._raw = self._unpacked = np.empty(0, np.uint8)
+            self._unpacker = None
 
     def listen(self) -> None:
         """Put no page into memory any more from the return on."""
@@ -145,10 +148,11 @@ class _Reader:
                 self._put(head)
             self._offset += size
             if head.sync:
-                self._go_on.clear()
                 self.syncs = True
                 synced()
+                # Cleared behind the wait: set before it, by who wants an end, it must not be lost.
                 self._go_on.wait()
+                self._go_on.clear()
 
     def _check(self, head: Head, size: int) -> None:
         """Compare a packet with its checksum. Raises RemoteProtocolError."""

@@ -69,6 +69,9 @@ class BlockingSocket:
         """
         got, since = 0, time.monotonic()
         while got < len(view):
+            # What has come already can still be received behind the end.
+            if closed := self._closed():
+                raise closed
             count = self._receive(view[got:])
             if count == 0:
                 if got or not idle:

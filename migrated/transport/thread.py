@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import traceback
 from collections.abc import Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar
 
@@ -54,6 +55,8 @@ async def in_own_thread(work: Callable[[], None], stop: Callable[[], None]) -> N
         try:
             work()
         except BaseException as error:  # noqa: BLE001 - it is raised where the thread is waited for
+            # Its frames hold buffers, and it is held in circles until the collector comes by.
+            traceback.clear_frames(error.__traceback__)
             loop.call_soon_threadsafe(end, error)
         else:
             loop.call_soon_threadsafe(end, None)

@@ -2,6 +2,9 @@
 
 Runs in a thread of its own, on loopback. Forward is source to destination. Every fault is an explicit call, or a byte
 count at which it happens; nothing here depends on time.
+
+Channels with pages (multifd) are a part of the link that their stream goes over: they stall, swallow and break with it,
+and their bytes are counted with its. Bytes that are looked for, and those that are kept, are the stream's.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from dataclasses import dataclass, field
 from typing import Self
 
 CHUNK = 1 << 16
+#: The first byte of a channel with pages.
+CHANNEL = b"\x11"
 
 
 @dataclass
@@ -44,8 +49,29 @@ class Direction:
         return self.limit is not None and self.passed >= self.limit and self.at_limit == "swallow"
 
 
+class _Link:
+    """A connection, the channels that belong to it, and where each socket's bytes go."""
+
+    def __init__(
+        self,
+        client: socket.socket,
+        server: socket.socket,
+        ways: dict[socket.socket, tuple[socket.socket, Direction]],
+    ) -> None:
+        self.all = [client, server]
+        self.ways = ways
+        self.unheard = False
+        """An end was swallowed: only a cut makes the other side notice."""
+        self.unknown: list[socket.socket] = []
+        """Connections that came meanwhile, and have said nothing yet."""
+
+    def close(self, *, in_order: bool) -> None:
+        for sock in self.all:
+            sock.close() if in_order else _reset(sock)
+
+
 class Proxy:
-    """Accepts any number of connections, one at a time, and passes them on to ``target``."""
+    """Accepts any number of connections, one at a time with its channels, and passes them on to ``target``."""
 
     def __init__(self, target: tuple[str, int] | str) -> None:
         self.target = target
@@ -54,6 +80,8 @@ class Proxy:
         """Where connections go once `Direction.cut_before` has struck."""
         self.forward = Direction()
         self.backward = Direction()
+        self._waiting: list[socket.socket] = []
+        """Connections that come behind the present one."""
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._wake_r, self._wake_w = socket.socketpair()
         self._cut = threading.Event()
@@ -84,7 +112,7 @@ class Proxy:
         self._closing.set()
         self.cut()
         self._thread.join()
-        for sock in (self._listener, self._wake_r, self._wake_w):
+        for sock in (self._listener, self._wake_r, self._wake_w, *self._waiting):
             sock.close()
 
     def __enter__(self) -> Self:
@@ -95,46 +123,73 @@ class Proxy:
 
     def _run(self) -> None:
         while not self._closing.is_set():
-            readable, _, _ = select.select([self._listener, self._wake_r], [], [])
-            if self._wake_r in readable:
-                self._wake_r.recv(4096)
-                self._cut.clear()
-                continue
-            client, _ = self._listener.accept()
-            try:
-                server = _connect(self.target)
-            except OSError:
-                _reset(client)
-                continue
-            self._pump(client, server)
+            if not self._waiting:
+                readable, _, _ = select.select([self._listener, self._wake_r], [], [])
+                if self._wake_r in readable:
+                    self._wake_r.recv(4096)
+                    self._cut.clear()
+                    continue
+                self._waiting.append(self._listener.accept()[0])
+            link = self._joined(self._waiting.pop(0))
+            if link is not None:
+                self._pump(link)
 
-    def _pump(self, client: socket.socket, server: socket.socket) -> None:
-        ways = {client: (server, self.forward), server: (client, self.backward)}
-        unheard = False  # an end was swallowed: only a cut makes the other side notice
-        while ways or unheard:
-            ready = [sock for sock, (_, way) in ways.items() if not way.stalled]
-            readable, _, _ = select.select([*ready, self._wake_r], [], [])
+    def _joined(self, client: socket.socket) -> _Link | None:
+        """Have a connection lead somewhere; reset it where that does not exist."""
+        try:
+            server = _connect(self.target)
+        except OSError:
+            _reset(client)
+            return None
+        return _Link(client, server, {client: (server, self.forward), server: (client, self.backward)})
+
+    def _pump(self, link: _Link) -> None:
+        whole = self._passes_all(link)
+        self._waiting += link.unknown
+        link.close(in_order=whole)
+
+    def _passes_all(self, link: _Link) -> bool:
+        """Pass bytes on until both ends have ended; False where the link broke before."""
+        while link.ways or link.unheard:
+            ready = [sock for sock, (_, way) in link.ways.items() if not way.stalled]
+            readable, _, _ = select.select([*ready, self._wake_r, self._listener, *link.unknown], [], [])
             if self._wake_r in readable:
                 self._wake_r.recv(4096)
             if self._cut.is_set():
                 self._cut.clear()
-                break
+                return False
             for sock in readable:
-                if sock is self._wake_r:
-                    continue
-                to, way = ways[sock]
-                verdict = self._pass(sock, to, way)
-                if verdict == "cut":
-                    _reset(client)
-                    _reset(server)
-                    return
-                if verdict in ("end", "unheard"):
-                    unheard = unheard or verdict == "unheard"
-                    del ways[sock]
-        for sock in (client, server):
-            _reset(sock) if ways or unheard else sock.close()
+                if sock is self._listener:
+                    link.unknown.append(self._listener.accept()[0])
+                elif sock in link.unknown:
+                    self._sort(link, sock)
+                elif sock in link.ways and not self._passes(link, sock):
+                    return False
+        return True
 
-    def _pass(self, sock: socket.socket, to: socket.socket, way: Direction) -> str:
+    def _sort(self, link: _Link, sock: socket.socket) -> None:
+        """Make a channel with pages a part of the link; everybody else has to wait."""
+        link.unknown.remove(sock)
+        try:
+            begins = sock.recv(1, socket.MSG_PEEK)
+        except OSError:
+            begins = b""
+        if begins != CHANNEL:
+            self._waiting.append(sock)
+        elif (channel := self._joined(sock)) is not None:
+            link.ways |= channel.ways
+            link.all += channel.all
+
+    def _passes(self, link: _Link, sock: socket.socket) -> bool:
+        """Pass something on; False where the link breaks."""
+        to, way = link.ways[sock]
+        verdict = self._pass(sock, to, way, main=sock in link.all[:2])
+        if verdict in ("end", "unheard"):
+            link.unheard = link.unheard or verdict == "unheard"
+            del link.ways[sock]
+        return verdict != "cut"
+
+    def _pass(self, sock: socket.socket, to: socket.socket, way: Direction, *, main: bool) -> str:
         room = CHUNK if way.limit is None or way.at_limit == "swallow" else min(CHUNK, way.limit - way.passed)
         try:
             data = sock.recv(room) if room else b""
@@ -142,10 +197,10 @@ class Proxy:
             return "unheard" if way.swallows else "cut"
         if room and not data:
             return _end(to, way)
-        if way.kept is not None:
+        if way.kept is not None and main:
             way.kept += data
-        data = _changed(data, way)
-        if way.cut_before is not None and (at := data.find(way.cut_before)) >= 0:
+        data = _changed(data, way, main=main)
+        if main and way.cut_before is not None and (at := data.find(way.cut_before)) >= 0:
             way.cut_before = None
             to.sendall(data[:at])
             if self.target_after_cut is not None:
@@ -166,12 +221,12 @@ class Proxy:
         return "go"
 
 
-def _changed(data: bytes, way: Direction) -> bytes:
+def _changed(data: bytes, way: Direction, *, main: bool) -> bytes:
     """Flip what is to be flipped."""
     at = -1
     if way.flip_at is not None and way.passed <= way.flip_at < way.passed + len(data):
         at = way.flip_at - way.passed
-    if way.flip_behind is not None and (found := data.find(way.flip_behind[0])) >= 0:
+    if main and way.flip_behind is not None and (found := data.find(way.flip_behind[0])) >= 0:
         at = found + len(way.flip_behind[0]) + way.flip_behind[1]
         way.flip_behind = None
         way.hit.set()
