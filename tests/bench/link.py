@@ -51,8 +51,7 @@ def run(bench: Bench) -> list[Figure]:
 
 
 def _ours(bench: Bench, cable: Cable, content: Path, size: int, compression: str) -> float:
-    multifd = f'{channels_config(1)}\nmultifd-compression = "{compression}"\n'
-    config = f'{multifd}[tls]\nmode = "off"\n'
+    config = f'{channels_config(1, compression)}[tls]\nmode = "off"\n'
     waits = f'incoming = "tcp:{ADDRESSES["B"]}:{PORT}"\nallow = ["{ADDRESSES["A"]}"]'
     programs = {name: [*cable.launcher(name), sys.executable, "-m", "migrated"] for name in ADDRESSES}
     with (

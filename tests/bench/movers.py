@@ -62,11 +62,16 @@ class Job:
     """How much more than the size the host is asked to back."""
 
 
-def channels_config(channels: int) -> str:
-    """Return the configuration of so many multifd channels; 0: what the daemon does by itself."""
-    if not channels:
-        return ""
-    return f"[migration.capabilities]\nmultifd = true\n[migration.parameters]\nmultifd-channels = {channels}"
+#: Configurations of a daemon: as nobody configures it (pages on two channels), and everything on one connection.
+DEFAULT, ONE_STREAM = "", "[migration.parameters]\nx-migrated-data-channels = false"
+
+
+def channels_config(channels: int, compression: str = "none") -> str:
+    """Return the configuration of so many channels."""
+    return (
+        "[migration.capabilities]\nmultifd = true\n"
+        f'[migration.parameters]\nmultifd-channels = {channels}\nmultifd-compression = "{compression}"\n'
+    )
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from tests.bench import qemu
 from tests.bench.case import Bench
 from tests.bench.figures import Figure, Target
 from tests.bench.host import GIB, MIB, random_file
-from tests.bench.movers import Job, channels_config, guests, sites
+from tests.bench.movers import DEFAULT, ONE_STREAM, Job, guests, sites
 from tests.bench.postcopy import ON
 from tests.bench.processes import DEADLINE_S, BenchError
 
@@ -37,9 +37,9 @@ def run(bench: Bench) -> list[Figure]:
     with random_file(bench.memory, SIZE_BYTES) as content:
         job = Job(SIZE_BYTES, content)
         competitors: dict[str, Callable[[], Deviations]] = {
-            "migrated": partial(_ours, bench, job, 0, PRECOPY),
-            "migrated, 2 channels": partial(_ours, bench, job, 2, PRECOPY),
-            "migrated, postcopy": partial(_ours, bench, job, 0, POSTCOPY),
+            "migrated": partial(_ours, bench, job, DEFAULT, PRECOPY),
+            "migrated, one stream": partial(_ours, bench, job, ONE_STREAM, PRECOPY),
+            "migrated, postcopy": partial(_ours, bench, job, DEFAULT, POSTCOPY),
         }
         if bench.qemu:
             competitors["qemu"] = partial(_theirs, bench, job, PRECOPY)
@@ -56,8 +56,8 @@ def run(bench: Bench) -> list[Figure]:
     return figures
 
 
-def _ours(bench: Bench, job: Job, channels: int, limit: str) -> Deviations:
-    with sites(bench, job, channels_config(channels)) as (source, target):
+def _ours(bench: Bench, job: Job, config: str, limit: str) -> Deviations:
+    with sites(bench, job, config) as (source, target):
         sides = (source.qmp, target.qmp)
         return _watched(sides, limit, lambda: source.qmp.execute("migrate", {"uri": target.address}))
 
