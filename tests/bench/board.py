@@ -17,6 +17,8 @@ from tests.bench.figures import Figure
 
 #: Committed numbers keep as many digits as they mean.
 DIGITS = 4
+#: What the names of all of ours begin with.
+OURS = "migrated"
 #: One case leaves less than this behind for the next.
 BUSY_LOAD = 2.5
 
@@ -46,6 +48,11 @@ class Entry(msgspec.Struct, frozen=True):
     target: str | None
     reached: bool | None
     point: Place | None = None
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it says something about us, and not about one yardstick beside another."""
+        return self.who.startswith(OURS)
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -84,7 +91,7 @@ def entry(figure: Figure) -> Entry:
         name=figure.name,
         unit=figure.unit,
         how=figure.how,
-        who=figure.who or "migrated",
+        who=figure.who or OURS,
         better=figure.better,
         median=_round(statistics.median(figure.ours)),
         ours=tuple(map(_round, figure.ours)),

@@ -1,7 +1,7 @@
 """What got worse since the committed figures: ratios, and only ratios.
 
 The rule of the file: pure. A figure without a competitor says something about the machine as well, so it is shown and
-never judged; which way is worse is the figure's own word.
+never judged, as is one yardstick beside another; which way is worse is the figure's own word.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _change(case: str, then: Entry | None, now: Entry, tolerance: float) -> Chan
 def _verdict(then: Entry | None, now: Entry, tolerance: float) -> Verdict:
     if then is None:
         return Verdict.NEW
-    if now.ratio is None or not then.ratio:
+    if now.ratio is None or not then.ratio or not now.is_ours:
         return Verdict.SHOWN
     gain = now.ratio / then.ratio - 1
     if now.better != HIGHER:

@@ -50,6 +50,16 @@ def test_a_figure_without_a_competitor_is_shown_and_not_judged() -> None:
     assert (change.then, change.now, change.percent) == (1000.0, 100.0, pytest.approx(-90.0))
 
 
+def test_a_yardstick_beside_another_is_shown_and_not_judged() -> None:
+    def chain(ratio: float) -> CaseRecord:
+        figure = Figure("faults", "p50", "us", "by a clock", None, "raw echo", who="C chain")
+        figure.pair(ratio, 1.0)
+        return record([figure], date="today", machine="m", pairs=1, seconds=1.0, load=0.5)
+
+    (change,) = compare(Board({"faults": chain(1.0)}), {"faults": chain(9.0)})
+    assert change.verdict is Verdict.SHOWN
+
+
 def test_what_was_never_committed_is_new() -> None:
     (change,) = compare(Board(), {"bulk": case(0.1)})
     assert (change.verdict, change.percent) == (Verdict.NEW, None)
