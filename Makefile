@@ -3,7 +3,7 @@
 #
 #   make demo     move a running process between two daemons on this machine, there and back
 #   make test     the test suite, on all processors   make test ARGS="-k qmp -x"
-#   make bench    side-by-side figures, as JSON and as a table
+#   make bench    side-by-side figures, beside the committed ones   make bench ARGS="--quick bulk"
 #   make nemesis  faults at random phases, and a checker behind each: make nemesis ROUNDS=300 SEED=7
 #   make lint     the checks of the sources only
 #   make deb      a Debian package, in dist/          make deb ARGS="--revision 2"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from tests.bench.figures import Figure
+from tests.bench.host import MIB
 
 T = TypeVar("T")
 
@@ -28,11 +29,17 @@ class Bench:
     qemu: str | None
     """QEMU's version; None: not installed, what compares with it is left out."""
     say: Callable[[str], None]
+    shrink: int = 1
+    """What sizes are divided by, for a look at whether a case runs at all."""
 
     @property
     def log(self) -> Path:
         """Where programs without a log of their own write."""
         return self.directory / "log"
+
+    def size(self, size_bytes: int) -> int:
+        """Return how big it is in this run: at least a MiB."""
+        return max(size_bytes // self.shrink // MIB, 1) * MIB
 
     def rounds(self, case: str, competitors: Mapping[str, Callable[[], T]]) -> Iterator[dict[str, T]]:
         """Let every competitor run once per pair; yield what each returned."""

@@ -79,7 +79,7 @@ def _qemu(bench: Bench, content: Path) -> dict[str, Any]:
     write_floppy(floppy)
     with qemu.guests(bench.directory, content, RAM_BYTES, floppy) as (source, target):
         wait_walking(source)
-        rate = _rate(lambda: _guest_rounds(source))
+        rate = _rate(lambda: guest_count(source))
         warm(RAM_BYTES)
         figures = qemu.migrate(source, target, LIMITS)
         return {
@@ -97,7 +97,8 @@ def _rate(rounds: Any) -> float:
     return float(after - before) * WORKING_SET_BYTES / MIB / (ended - started)
 
 
-def _guest_rounds(source: QmpClient) -> int:
+def guest_count(source: QmpClient) -> int:
+    """Return what the guest has counted: the rounds (or, of `tests.bench.pace_guest`, milliseconds) it has made."""
     answer = source.execute("human-monitor-command", {"command-line": f"xp /1wx {ROUNDS_ADDRESS:#x}"})
     found = re.search(r": 0x([0-9a-f]+)", answer)
     return int(found[1], 16) if found else 0
@@ -106,8 +107,8 @@ def _guest_rounds(source: QmpClient) -> int:
 def wait_walking(source: QmpClient) -> None:
     """Wait until the guest rewrites its working set."""
     deadline = time.monotonic() + DEADLINE_S
-    first = _guest_rounds(source)
-    while _guest_rounds(source) <= first + 10:
+    first = guest_count(source)
+    while guest_count(source) <= first + 10:
         if time.monotonic() > deadline:
             raise BenchError("the boot sector does not run")
         time.sleep(qemu.POLL_S)

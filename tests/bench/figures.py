@@ -1,4 +1,4 @@
-"""A figure: what was measured of us and of whom we are compared with, pair by pair, and how it is shown.
+"""A figure: what was measured of us and of whom we are compared with, pair by pair.
 
 The rule of the file: a ratio is the median of the pairs' ratios, never a ratio of numbers from different minutes; a
 target is reported as reached or not, never asserted.
@@ -8,14 +8,23 @@ from __future__ import annotations
 
 import operator
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 _COMPARISONS = {"<=": operator.le, ">=": operator.ge}
+HIGHER, LOWER = "higher", "lower"
+#: What is better, of a figure that has no target to tell: of these units more, of all others (times, sizes) less.
+_MORE_IS_BETTER = frozenset({"MiB/s"})
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Where a figure stands in a plot of `tests.bench.plots`."""
+
+    plot: str
+    x: float
+    line: str = ""
+    """Which of the plot's lines it is on; ours and theirs are drawn apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +54,8 @@ class Figure:
     target: Target | None = None
     against: str = ""
     who: str = ""
-    """Whose figure it is where it is not ours: one yardstick held against another."""
+    """Whose figure it is where that has to be said: which of ours, or one yardstick held against another."""
+    point: Point | None = None
     ours: list[float] = field(default_factory=list)
     theirs: list[float] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
@@ -61,6 +71,13 @@ class Figure:
         if not self.theirs:
             return None
         return statistics.median(a / b for a, b in zip(self.ours, self.theirs, strict=True))
+
+    @property
+    def better(self) -> str:
+        """Which way the figure gets better."""
+        if self.target is not None:
+            return HIGHER if self.target.comparison == ">=" else LOWER
+        return HIGHER if self.unit in _MORE_IS_BETTER else LOWER
 
     @property
     def judged(self) -> float:
@@ -79,6 +96,7 @@ class Figure:
             "name": self.name,
             "unit": self.unit,
             "how": self.how,
+            "better": self.better,
             "who": self.who or "migrated",
             "median": statistics.median(self.ours),
             "ours": self.ours,
@@ -92,25 +110,6 @@ class Figure:
         }
 
 
-def show(figures: Sequence[Figure], console: Console) -> None:
-    """Print the table."""
-    table = Table(title="medians; the ratio is the median of the pairs' ratios (ours / theirs)")
-    for heading in ("case", "what", "unit", "migrated", "against", "ratio", "target", ""):
-        table.add_column(heading, justify="right" if heading in ("migrated", "ratio") else "left")
-    for figure in figures:
-        theirs = f"{figure.against} {_number(statistics.median(figure.theirs))}" if figure.theirs else "-"
-        table.add_row(
-            figure.case,
-            figure.name,
-            figure.unit,
-            f"{figure.who} {_number(statistics.median(figure.ours))}".strip(),
-            theirs,
-            "-" if figure.ratio is None else f"{figure.ratio:.2f}",
-            "-" if figure.target is None else str(figure.target),
-            {True: "reached", False: "NOT reached", None: ""}[figure.reached],
-        )
-    console.print(table)
-
-
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Write a figure with the digits that mean something."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -46,12 +46,27 @@ def backend_cold(size_bytes: int) -> list[str]:
     return ["-object", f"memory-backend-memfd,id=mem0,size={size_bytes},share=on"]
 
 
+def backend_populated(size_bytes: int) -> list[str]:
+    """Return a RAM block of shared memory whose pages are all there, as zeros."""
+    return ["-object", f"memory-backend-memfd,id=mem0,size={size_bytes},share=on,prealloc=on"]
+
+
+def pid(directory: Path, name: str) -> int:
+    """Return the process id of a QEMU that runs."""
+    return int(_pidfile(directory, name).read_text())
+
+
+def _pidfile(directory: Path, name: str) -> Path:
+    return directory / f"{name}.pid"
+
+
 @contextmanager
-def qemu(directory: Path, name: str, arguments: Sequence[str]) -> Iterator[QmpClient]:
-    """Run one QEMU with a QMP connection inside the block."""
+def qemu(directory: Path, name: str, arguments: Sequence[str], launcher: Sequence[str] = ()) -> Iterator[QmpClient]:
+    """Run one QEMU with a QMP connection inside the block; ``launcher`` starts it in another place."""
     socket, log = directory / f"{name}.sock", directory / f"{name}.log"
     socket.unlink(missing_ok=True)
-    command = [BINARY, "-accel", "tcg", "-nodefaults", "-display", "none"]
+    command = [*launcher, BINARY, "-accel", "tcg", "-nodefaults", "-display", "none"]
+    command += ["-pidfile", str(_pidfile(directory, name))]
     command += ["-qmp", f"unix:{socket},server=on,wait=off", *arguments]
     with running(command, log=log) as process, ExitStack() as stack:
         yield stack.enter_context(_connect(process, socket, log))
@@ -104,18 +119,40 @@ def _connect(process: subprocess.Popen[str], socket: Path, log: Path) -> QmpClie
 
 def migrate(source: QmpClient, target: QmpClient, parameters: Mapping[str, object] | None = None) -> dict[str, Any]:
     """Migrate and return the source's last query-migrate."""
+    start(source, target, parameters)
+    return follow(source)
+
+
+def start(
+    source: QmpClient, target: QmpClient, parameters: Mapping[str, object] | None = None, host: str = "127.0.0.1"
+) -> None:
+    """Begin to migrate."""
+    source.execute("migrate", {"uri": prepare(source, target, parameters, host)})
+
+
+def prepare(
+    source: QmpClient, target: QmpClient, parameters: Mapping[str, object] | None = None, host: str = "127.0.0.1"
+) -> str:
+    """Do everything up to `migrate`; return its URI."""
     for side in (source, target):
         capability = {"capability": "return-path", "state": True}
         side.execute("migrate-set-capabilities", {"capabilities": [capability]})
     source.execute("migrate-set-parameters", {"max-bandwidth": UNLIMITED_BPS, **(parameters or {})})
-    source.execute("migrate", {"uri": _listen(target)})
-    return follow(source)
+    return _listen(target, host)
 
 
-def _listen(target: QmpClient) -> str:
-    target.execute("migrate-incoming", {"uri": "tcp:127.0.0.1:0"})
+def use_multifd(sides: Sequence[QmpClient], channels: int, **parameters: object) -> None:
+    """Have both ends use so many channels."""
+    for side in sides:
+        on = [{"capability": "multifd", "state": True}]
+        side.execute("migrate-set-capabilities", {"capabilities": on})
+        side.execute("migrate-set-parameters", {"multifd-channels": channels, **parameters})
+
+
+def _listen(target: QmpClient, host: str = "127.0.0.1") -> str:
+    target.execute("migrate-incoming", {"uri": f"tcp:{host}:0"})
     address = target.execute("query-migrate")["socket-address"][0]
-    return f"tcp:127.0.0.1:{address['port']}"
+    return f"tcp:{host}:{address['port']}"
 
 
 def start_postcopy(

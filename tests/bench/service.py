@@ -8,7 +8,6 @@ Run as ``python -m tests.bench.service SOCKET``: asks until stdin ends, then pri
 
 from __future__ import annotations
 
-import queue
 import statistics
 import sys
 import threading
@@ -19,14 +18,22 @@ from contextlib import contextmanager
 from migrated.control.client import QmpClient
 from tests.bench.case import Bench
 from tests.bench.figures import Figure, Target
-from tests.bench.host import GIB, MIB, own_memory_bytes, random_file, voluntary_switches, warm
+from tests.bench.host import (
+    GIB,
+    MIB,
+    SAMPLE_EVERY_S,
+    own_memory_bytes,
+    random_file,
+    voluntary_switches,
+    warm,
+    watching,
+)
 from tests.bench.processes import expect, module, running
 from tests.bench.site import Site, migrate, site
 
 SIZE_BYTES = 2 * GIB
 #: Two hundred questions a second: many samples, few enough not to be the load themselves.
 ASK_EVERY_S = 0.005
-SAMPLE_EVERY_S = 0.02
 IDLE_S = 10.0
 
 
@@ -70,8 +77,12 @@ def _migrations(bench: Bench) -> list[Figure]:
                 site(bench.directory, "target", SIZE_BYTES, incoming=True) as target,
             ):
                 warm(SIZE_BYTES)
-                sides = {"source": source, "target": target}
-                with _asking(bench, source) as at_source, _asking(bench, target) as at_target, _watching(sides) as most:
+                pids = {"source": source.daemon.pid, "target": target.daemon.pid}
+                with (
+                    _asking(bench, source) as at_source,
+                    _asking(bench, target) as at_target,
+                    watching(own_memory_bytes, pids) as most,
+                ):
                     migrate(source, target)
                 for side, latencies in (("source", at_source), ("target", at_target)):
                     latency[side].ours.append(statistics.quantiles(latencies, n=100)[98])
@@ -93,31 +104,6 @@ def _asking(bench: Bench, side: Site) -> Iterator[list[float]]:
         assert client.stdin is not None
         client.stdin.close()
         latencies += map(float, expect(client, "latencies", bench.log))
-
-
-@contextmanager
-def _watching(sides: dict[str, Site]) -> Iterator[dict[str, int]]:
-    """Keep the highest memory of each daemon in the block."""
-    most = dict.fromkeys(sides, 0)
-    done: queue.SimpleQueue[None] = queue.SimpleQueue()
-
-    def watch() -> None:
-        while True:
-            for name, side in sides.items():
-                most[name] = max(most[name], own_memory_bytes(side.daemon.pid))
-            try:
-                done.get(timeout=SAMPLE_EVERY_S)
-            except queue.Empty:
-                continue
-            return
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield most
-    finally:
-        done.put(None)
-        watcher.join()
 
 
 def _ask(socket: str) -> None:

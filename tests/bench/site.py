@@ -31,6 +31,11 @@ class Site:
     log: Path
 
     @property
+    def pids(self) -> tuple[int, int]:
+        """Return the daemon's and the workload's."""
+        return self.daemon.pid, self.workload.pid
+
+    @property
     def address(self) -> str:
         """Return the URI at which this daemon waits."""
         answer = self.qmp.execute("query-migrate")["socket-address"][0]
@@ -44,19 +49,20 @@ def site(
     ram_bytes: int,
     workload: Sequence[object] = (),
     *,
-    incoming: bool = False,
+    incoming: bool | str = False,
     config: str = "",
     program: Sequence[str] = (),
 ) -> Iterator[Site]:
     """Run a daemon and a workload inside the block; the workload has filled its memory and is ready.
 
-    ``program`` takes the place of the daemon's.
+    ``program`` takes the place of the daemon's; ``incoming`` may say where to wait, and what `[migration]` has besides.
     """
     home = directory / f"{name}-{time.monotonic_ns()}"
     home.mkdir()
     log = home / "log"
     toml = home / "bench.toml"
-    wait = '[migration]\nincoming = "tcp:127.0.0.1:0"\n' if incoming else ""
+    where = incoming if isinstance(incoming, str) else 'incoming = "tcp:127.0.0.1:0"'
+    wait = f"[migration]\n{where}\n" if incoming else ""
     toml.write_text(f'[paths]\nruntime = "{home}/run"\nstate = "{home}/state"\n{wait}{config}\n')
     with (
         running(
