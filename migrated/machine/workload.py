@@ -20,6 +20,7 @@ from migrated.errors import ChannelError, KernelError, RemoteProtocolError, Work
 from migrated.kernel import memory, process
 from migrated.savevm.ports import DeviceState
 from migrated.transport.fd_socket import FdSocket
+from migrated.transport.thread import in_thread
 from migrated.wire import attach
 
 #: A device's `save` or `load` may copy a gigabyte; QEMU has no such limit, but a hung one must not stop us for good.
@@ -146,8 +147,9 @@ class Workload:
     async def load_device(self, device: str, instance_id: int, version_id: int, state: bytes) -> None:
         """Give a state to one of its devices. Raises WorkloadError."""
         what = f"loading device {device}/{instance_id}"
-        memfd = await asyncio.to_thread(_write_state, device, state)
+        memfd = memory.create_memfd(device, len(state))
         try:
+            await in_thread(_write_state, memfd, state)
             await self._ask(
                 what,
                 lambda number: attach.Load(number, device, instance_id, version_id, len(state)),
@@ -284,14 +286,8 @@ def _read_state(memfd: int) -> bytes:
     return content
 
 
-def _write_state(name: str, state: bytes) -> int:
-    memfd = memory.create_memfd(name, len(state))
-    try:
-        written = 0
-        while written < len(state):
-            written += os.pwrite(memfd, memoryview(state)[written:], written)
-        memory.seal_all(memfd)
-    except BaseException:
-        os.close(memfd)
-        raise
-    return memfd
+def _write_state(memfd: int, state: bytes) -> None:
+    written = 0
+    while written < len(state):
+        written += os.pwrite(memfd, memoryview(state)[written:], written)
+    memory.seal_all(memfd)
