@@ -16,6 +16,8 @@ from migrated.wire.ram import PAGE
 
 #: Below this mean length, single pages are stored through the mapping instead of one pwritev per run.
 SHORT_RUN_PAGES = 8
+#: Pages that lie behind each other, or here and there.
+Part = range | NDArray[np.int64]
 
 
 class Arrivals:
@@ -59,25 +61,25 @@ class Arrivals:
 
     def land(self, pages: NDArray[np.int64], rows: NDArray[np.uint8]) -> None:
         """Put pages into memory that nobody uses yet, and add them. Raises KernelError."""
-        self.put(pages, rows)
-        self.add(pages)
+        for part in self.put(pages, rows):
+            self.add(part)
 
-    def put(self, pages: NDArray[np.int64], rows: NDArray[np.uint8]) -> None:
-        """Put pages into memory that nobody uses yet. In any thread. Raises KernelError."""
+    def put(self, pages: NDArray[np.int64], rows: NDArray[np.uint8]) -> list[Part]:
+        """Put pages into memory that nobody uses yet; return them for `add`. In any thread. Raises KernelError."""
         runs = consecutive(pages)
         if len(runs) > 1 and len(pages) < SHORT_RUN_PAGES * len(runs):
             self.block.pages[pages] = rows
-            return
+            return [pages]
         for start, end in runs:
             write_rows(self.block.memfd, rows[start:end], int(pages[start]) * PAGE)
+        return [range(int(pages[start]), int(pages[start]) + end - start) for start, end in runs]
 
-    def add(self, pages: NDArray[np.int64]) -> None:
+    def add(self, part: Part) -> None:
         """Add pages that hold data."""
-        first, last = int(pages[0]), int(pages[-1])
-        if last - first == len(pages) - 1 and (np.diff(pages) == 1).all():
-            self.add_run(first, last + 1)
+        if isinstance(part, range):
+            self.add_run(part.start, part.stop)
         else:
-            self.add_pages(pages)
+            self.add_pages(part)
 
     def add_page(self, page: int) -> None:
         """Add one page that holds data."""

@@ -30,7 +30,7 @@ from migrated.model.bitmap import consecutive
 from migrated.model.faults import FaultFigures
 from migrated.model.ramblock import RamBlock, check_block_list
 from migrated.model.stats import RamStats
-from migrated.ram.arrivals import Arrivals
+from migrated.ram.arrivals import Arrivals, Part
 from migrated.ram.fault_service import FaultService
 from migrated.ram.multifd_load import MultifdLoad
 from migrated.ram.place import copy_pages
@@ -298,14 +298,14 @@ class RamLoad:
             await self._copy_run(self._arrivals[run.block], int(run.pages[start]), run.data[start:end])
         self._account(len(run.pages))
 
-    def put(self, run: PageRun) -> None:
+    def put(self, run: PageRun) -> list[Part]:
         """Place pages in a machine that does not run yet; what has arrived is said by `arrived`. In any thread."""
-        self._arrivals[run.block].put(run.pages, run.data)
+        return self._arrivals[run.block].put(run.pages, run.data)
 
-    def arrived(self, block: str, pages: NDArray[np.int64]) -> None:
+    def arrived(self, block: str, part: Part) -> None:
         """Count pages that were `put`."""
-        self._arrivals[block].add(pages)
-        self._account(len(pages))
+        self._arrivals[block].add(part)
+        self._account(len(part))
 
     def _apply(self, event: PageDelta) -> None:
         arrivals = self._arrivals[event.block]

@@ -24,6 +24,7 @@ import numpy as np
 from xxhash import xxh3_64_digest
 
 from migrated.errors import ChannelClosed, ChannelError, ChannelTimeout, MigratedError, RemoteProtocolError
+from migrated.ram.arrivals import Part
 from migrated.transport.blocking import BlockingSocket, blocking
 from migrated.transport.channel import SocketChannel
 from migrated.transport.thread import in_own_thread
@@ -39,7 +40,7 @@ from migrated.wire.multifd import (
     parse_head,
 )
 from migrated.wire.packing import Unpacker, unpackers
-from migrated.wire.ram import PAGE, PageRun, Pages
+from migrated.wire.ram import PAGE, PageRun
 
 NO_CHECKSUM = bytes(CHECKSUM_BYTES)
 
@@ -47,11 +48,11 @@ NO_CHECKSUM = bytes(CHECKSUM_BYTES)
 class Landing(Protocol):
     """Where pages belong."""
 
-    def put(self, run: PageRun) -> None:
-        """Put pages into memory. Called in any thread. Raises KernelError."""
+    def put(self, run: PageRun) -> list[Part]:
+        """Put pages into memory; return them for `arrived`. Called in any thread. Raises KernelError."""
         ...
 
-    def arrived(self, block: str, pages: Pages) -> None:
+    def arrived(self, block: str, part: Part) -> None:
         """Count pages that were put there. Called on the event loop."""
         ...
 
@@ -69,10 +70,10 @@ class _Terms:
 class _Nowhere:
     """A Landing before blocks are known: a packet with pages is refused before it comes here."""
 
-    def put(self, run: PageRun) -> None:
+    def put(self, run: PageRun) -> list[Part]:
         raise AssertionError(run.block)
 
-    def arrived(self, block: str, pages: Pages) -> None:
+    def arrived(self, block: str, part: Part) -> None:
         raise AssertionError(block)
 
 
@@ -85,8 +86,7 @@ class _Reader:
         self.blocks: Mapping[str, int] = {}
         self.landing: Landing = _Nowhere()
         self.listens = False
-        self.landed: list[tuple[str, Pages]] = []
-        """What was put into memory since the last SYNC."""
+        self._landed: list[tuple[str, Part]] = []
         self.syncs = False
         """True from a SYNC to the next `go_on`."""
         self._terms = terms
@@ -129,10 +129,12 @@ class _Reader:
         with self._puts:
             self.listens = True
 
-    def go_on(self) -> None:
-        """Read what is behind the SYNC."""
+    def go_on(self) -> list[tuple[str, Part]]:
+        """Read what is behind the SYNC; return what was put into memory before it."""
+        landed, self._landed = self._landed, []
         self.syncs = False
         self._go_on.set()
+        return landed
 
     # -- in the thread -----------------------------------------------------------------------------------------
 
@@ -176,8 +178,8 @@ class _Reader:
         with self._puts:
             if self.listens:
                 raise RemoteProtocolError("pages over a multifd channel", expected="none from LISTEN on")
-            self.landing.put(PageRun(head.block, head.pages, content.reshape(-1, PAGE)))
-        self.landed.append((head.block, head.pages))
+            parts = self.landing.put(PageRun(head.block, head.pages, content.reshape(-1, PAGE)))
+        self._landed += [(head.block, part) for part in parts]
 
 
 class MultifdLoad:
@@ -264,17 +266,10 @@ class MultifdLoad:
                 raise self._broken
             self._changed.clear()
             await self._wait_changed()
-        self._count_arrived()
-        for reader in self._readers:
-            reader.go_on()
-
-    def _count_arrived(self) -> None:
-        landed = [one for reader in self._readers for one in reader.landed]
+        landed = [one for reader in self._readers for one in reader.go_on()]
         # In order, runs of different channels that follow each other are one.
-        for block, pages in sorted(landed, key=lambda one: int(one[1][0])):
-            self._landing.arrived(block, pages)
-        for reader in self._readers:
-            reader.landed.clear()
+        for block, part in sorted(landed, key=_first_page):
+            self._landing.arrived(block, part)
 
     async def _wait_changed(self) -> None:
         """Wait until a channel has its SYNC, or is broken. Raises ChannelTimeout once all are silent."""
@@ -290,6 +285,10 @@ class MultifdLoad:
         late = next(reader for reader in self._readers if not reader.syncs)
         silent = ChannelTimeout(f"no SYNC within {self._silence_timeout_s():g} s", peer=late.channel.peer)
         raise named(silent, late.number)
+
+
+def _first_page(landed: tuple[str, Part]) -> int:
+    return int(landed[1][0])
 
 
 def named(error: ChannelError, number: int) -> ChannelError:

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 
 from migrated.errors import ChannelClosed, ChannelError, ChannelTimeout, MigratedError, RemoteProtocolError
 from migrated.model.stats import BandwidthMeter, RamStats
+from migrated.ram.arrivals import Part
 from migrated.ram.multifd_load import MultifdLoad
 from migrated.ram.multifd_save import MultifdSave
 from migrated.stream.outgoing import OutgoingStream
 from migrated.transport.channel import SocketChannel
 from migrated.wire.multifd import HEAD_BYTES, PACKET_PAGES, PLAIN, PacketFlag, encode_head
 from migrated.wire.packing import METHODS
-from migrated.wire.ram import PAGE, PageRun, Pages, RamParser, ZeroRun
+from migrated.wire.ram import PAGE, PageRun, RamParser, ZeroRun
 from tests.support.channel import MemoryChannel
 from tests.support.memory_block import Block, memory_block
 
@@ -61,12 +62,13 @@ class Target:
         self.load.begin(channels, methods, lambda: silence_s, checked=checked, from_qemu=True)
         self.load.accept(BLOCKS, self)
 
-    def put(self, run: PageRun) -> None:
+    def put(self, run: PageRun) -> list[Part]:
         self.put_pages.update(zip(run.pages.tolist(), (row.tobytes() for row in run.data), strict=True))
+        return [run.pages]
 
-    def arrived(self, block: str, pages: Pages) -> None:
+    def arrived(self, block: str, part: Part) -> None:
         assert block == "heap"
-        self.counted |= set(pages.tolist())
+        self.counted |= {int(page) for page in part}
 
     @property
     def pages(self) -> dict[int, bytes]:
