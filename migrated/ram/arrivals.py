@@ -23,6 +23,8 @@ class Arrivals:
 
     def __init__(self, block: RamBlockPort) -> None:
         self.block = block
+        self.host_pages = block.page_size // PAGE
+        """How many pages are placed at once once the machine runs."""
         self._received = PageBitmap(block.size_bytes // PAGE)
         self._with_data = PageBitmap(block.size_bytes // PAGE)
         self._run = range(0)
@@ -69,7 +71,7 @@ class Arrivals:
             self.block.pages[pages] = rows
             return
         for start, end in runs:
-            write_rows(self.block.memfd, rows[start:end], int(pages[start]) * PAGE)
+            self._write(int(pages[start]), rows[start:end])
 
     def add(self, pages: NDArray[np.int64]) -> None:
         """Add pages that hold data."""
@@ -78,6 +80,13 @@ class Arrivals:
             self.add_run(first, last + 1)
         else:
             self.add_pages(pages)
+
+    def _write(self, first: int, rows: NDArray[np.uint8]) -> None:
+        """Put pages that follow each other into memory; huge pages cannot be written by descriptor."""
+        if self.host_pages == 1:
+            write_rows(self.block.memfd, rows, first * PAGE)
+        else:
+            np.copyto(self.block.pages[first : first + len(rows)], rows)
 
     def add_page(self, page: int) -> None:
         """Add one page that holds data."""

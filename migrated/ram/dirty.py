@@ -25,6 +25,7 @@ from migrated.kernel import pagemap, userfault
 from migrated.model.bitmap import PageBitmap
 from migrated.savevm.ports import RamBlockPort, TrackedMapping
 from migrated.transport.thread import in_thread
+from migrated.wire.ram import PAGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,16 +123,16 @@ class DirtyLog:
         # The workload mapped something over the range, which drops the registration: all of it may be dirty.
         log.registered.discard(mapping)
         self._protect(log, mapping)
-        return [(np.array([0]), np.array([mapping.length // log.block.page_size]))]
+        return [(np.array([0]), np.array([mapping.length // PAGE]))]
 
     def _clear(self) -> None:
-        self._sync({log.block.name: PageBitmap(log.block.size_bytes // log.block.page_size) for log in self._logs})
+        self._sync({log.block.name: PageBitmap(log.block.size_bytes // PAGE) for log in self._logs})
 
     def _stray_write(self) -> StrayWrite | None:
         for log in self._logs:
             for mapping in log.block.mappings:
                 if mapping.userfault < 0 and _is_new(log, mapping):
-                    return StrayWrite(mapping.workload, log.block.name, 0, mapping.length // log.block.page_size)
+                    return StrayWrite(mapping.workload, log.block.name, 0, mapping.length // PAGE)
                 for starts, ends in self._scan(log, mapping):
                     if len(starts):
                         pages = int((ends - starts).sum())
