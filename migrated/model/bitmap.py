@@ -158,6 +158,20 @@ class PageBitmap:
         self._words[words] = new
         self._count += int(np.bitwise_count(old ^ new).sum())
 
+    def clear_pages(self, pages: Pages) -> int:
+        """Clear pages, which ascend; return how many were set."""
+        if not len(pages):
+            return 0
+        self._check_bounds(int(pages[0]), int(pages[-1]) + 1)
+        words = pages >> 6
+        starts = np.flatnonzero(np.diff(words, prepend=-1))
+        masks = np.bitwise_or.reduceat(np.uint64(1) << (pages & 63).astype(np.uint64), starts)
+        old = self._words[words[starts]]
+        self._words[words[starts]] = old & ~masks
+        cleared = int(np.bitwise_count(old & masks).sum())
+        self._count -= cleared
+        return cleared
+
     def test_pages(self, pages: Pages) -> NDArray[np.bool_]:
         """Say of each page whether it is set."""
         bits: Words = self._words[pages >> 6] >> (pages & 63).astype(np.uint64)

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from migrated.kernel.memory import data_extents, punch_hole, reserve
-from migrated.model.bitmap import PageBitmap
+from migrated.model.bitmap import PageBitmap, consecutive
 from migrated.savevm.ports import RamBlockPort
 from migrated.wire.ram import PAGE
 
@@ -22,6 +25,15 @@ def split_holes(block: RamBlockPort) -> tuple[PageBitmap, PageBitmap]:
         dirty.set_range(start // PAGE, -(-end // PAGE))
         holes.clear_range(start // PAGE, -(-end // PAGE))
     return dirty, holes
+
+
+def make_holes(block: RamBlockPort, pages: NDArray[np.int64]) -> None:
+    """Make pages zero, ascending, and give them back to the host if they are no parts of huge pages."""
+    if block.page_size > PAGE:
+        block.pages[pages] = 0
+        return
+    for start, end in consecutive(pages):
+        punch_hole(block.memfd, int(pages[start]) * PAGE, (end - start) * PAGE)
 
 
 def punch(block: RamBlockPort, ranges: Sequence[tuple[int, int]]) -> None:

@@ -1,10 +1,7 @@
 """The "ram" handler's receiving half: records become pages of the declared blocks.
 
 The rule of the file: **a page's received bit is set after the page is placed**, and nothing runs before every page of
-every announced block was received. Blocks are emptied when a machine arrives, so untouched memory stays a hole.
-
-Landing: contiguous runs go by ``pwritev`` from where they arrived into the memfd (no fault, no zeroing of what is
-overwritten anyway); scattered pages are stored through the daemon's own mapping.
+every announced block was received: what was in a block before is overwritten, or is a hole again (`ram.arrivals`).
 
 Postcopy: once the stream is advised of it, the workloads' mappings catch touches of missing pages. From `listen` on
 pages are placed through those (`ram.place`), and no page that is missing is read or written here. Pages that are zero
@@ -24,13 +21,14 @@ from numpy.typing import NDArray
 
 from migrated.errors import KernelError, MigratedError, RemoteProtocolError
 from migrated.kernel import userfault
+from migrated.kernel.memory import data_extents
 from migrated.model.bitmap import consecutive
 from migrated.model.faults import FaultFigures
 from migrated.model.ramblock import RamBlock, check_block_list
 from migrated.model.stats import RamStats
 from migrated.ram.arrivals import Arrivals
 from migrated.ram.fault_service import FaultService
-from migrated.ram.holes import punch
+from migrated.ram.holes import make_holes, punch
 from migrated.ram.host_pages import HostPages
 from migrated.ram.multifd_load import MultifdLoad
 from migrated.ram.obstacles import can_wait, cannot_wait, huge_pages_unasked
@@ -305,10 +303,21 @@ class RamLoad:
             block = local[name]
             if self._advised:
                 self._register(block)
-            await asyncio.to_thread(punch, block, [(0, block.size_bytes)])
-            self._arrivals[name] = Arrivals(block)
+            self._arrivals[name] = await asyncio.to_thread(self._make_room, block)
         self._parser.blocks = dict(announced.blocks)
         self.channels.accept(self._parser.blocks, self)
+
+    def _make_room(self, block: RamBlockPort) -> Arrivals:
+        """Have a block ready for what arrives. Memory that is there is kept to be overwritten: new one costs more.
+
+        In postcopy everything has to be missing, and huge pages cannot be given back in part.
+        """
+        arrivals = Arrivals(block)
+        if self._advised or block.page_size > PAGE:
+            punch(block, [(0, block.size_bytes)])
+        else:
+            arrivals.keep(data_extents(block.memfd, 0, block.size_bytes))
+        return arrivals
 
     async def _place_pages(self, run: PageRun) -> None:
         if self._service is None:
@@ -382,7 +391,7 @@ class RamLoad:
             arrivals.block.pages[run.pages] = run.fill
             arrivals.add_pages(run.pages)
         else:
-            if len(stale := arrivals.stale(run.pages)):
-                arrivals.block.pages[stale] = 0
+            if len(stale := arrivals.take_stale(run.pages)):
+                await asyncio.to_thread(make_holes, arrivals.block, stale)
             arrivals.add_holes(run.pages)
         self._stats.duplicate += len(run.pages)

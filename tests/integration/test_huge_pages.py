@@ -94,6 +94,14 @@ def test_a_pause_in_postcopy_and_a_recovery(pair: tuple[Site, Site]) -> None:
     assert_huge(a, b)
 
 
+def test_a_daemon_that_was_restarted(pair: tuple[Site, Site]) -> None:
+    a, b = pair
+    a.restart_daemon()
+    wait_until(lambda: a.qmp.execute("x-migrated-query-machine")["workloads"], "the walker is back")
+    migrate(a, b)
+    assert_huge(a, b)
+
+
 def test_snapshots(pair: tuple[Site, Site]) -> None:
     a, _ = pair
     run_job(a.qmp, "snapshot-save", "one")

@@ -88,6 +88,23 @@ def test_precopy_there_and_back(make: Make, way: dict[str, bool]) -> None:
     assert_sparse(b, a)
 
 
+@pytest.mark.parametrize("multifd", [False, True])
+def test_what_became_zero_elsewhere_is_a_hole_at_home(make: Make, multifd: bool) -> None:
+    """Memory that is there when a machine comes back is overwritten, and given back where it came to be zero."""
+    a, b = filled(make("A")), make("B")
+    go(a, b, multifd=multifd)
+    zeroed = WRITTEN[5:60]
+    for page in zeroed:
+        b.begin("poke", block="heap", offset=page * PAGE, hex="00")
+    for _ in zeroed:
+        b.wait_event("did")
+    b.poke("heap", 9000 * PAGE, b"new")
+    go(b, a, multifd=multifd)
+    assert used(a) == (len(WRITTEN) - len(zeroed) + 1) * PAGE
+    assert pages_of(a) == [page for page in WRITTEN if page not in zeroed]
+    assert a.do("peek", block="heap", offset=9000 * PAGE, length=4)["hex"] == b"new\0".hex()
+
+
 @pytest.mark.parametrize("preempt", [False, True])
 def test_postcopy_with_a_pause_in_its_middle(make: Make, preempt: bool) -> None:
     a, b = filled(make("A")), make("B")

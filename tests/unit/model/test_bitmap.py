@@ -193,6 +193,17 @@ def test_groups_that_have_one_page_have_all() -> None:
     assert bitmap.count == 0
 
 
+@given(st.sets(st.integers(0, 299)), st.sets(st.integers(0, 299)))
+def test_pages_that_are_cleared_in_one_go(had: set[int], cleared: set[int]) -> None:
+    bitmap = PageBitmap(300)
+    bitmap.set_pages(array(*had))
+    assert bitmap.clear_pages(array(*sorted(cleared))) == len(had & cleared)
+    assert bitmap.count == len(had - cleared)
+    assert set(bitmap.take(0, 300)[0].tolist()) == had - cleared
+    with pytest.raises(IndexError):
+        bitmap.clear_pages(array(300))
+
+
 def test_the_first_page_from_somewhere() -> None:
     bitmap = PageBitmap(1000)
     assert bitmap.first_from(0) is None
