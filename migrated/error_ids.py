@@ -153,6 +153,12 @@ _ROWS = (
         "huge-pages", _H, "huge pages of shared memory come unasked: no postcopy", "set `shmem_enabled` to `advise`"
     ),
     ErrorId(
+        "huge-pages-short",
+        _H,
+        "not enough huge pages for a RAM block that consists of them",
+        "raise `vm.nr_hugepages`, or use 4 KiB pages",
+    ),
+    ErrorId(
         "userfaultfd-missing",
         _H,
         "a workload cannot wait for missing pages: no postcopy",

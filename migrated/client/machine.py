@@ -22,6 +22,7 @@ from migrated.client.gate import Gate, State
 from migrated.client.orders import Device, OrderBook
 from migrated.errors import KernelError
 from migrated.kernel import memory, userfault
+from migrated.kernel.huge_pages import HUGE_PAGE_SIZE, page_size_of
 from migrated.wire import attach as wire
 from migrated.wire.attach_fields import MAX_NAME_BYTES
 from migrated.wire.vmstate import Description
@@ -40,6 +41,10 @@ class _Block:
     name: str
     memfd: int
     mapping: memory.Mapping
+
+    @property
+    def page_size(self) -> int:
+        return page_size_of(self.memfd)
 
 
 def attach(
@@ -97,30 +102,32 @@ class Machine:
 
     # -- declare -----------------------------------------------------------------------------------------------
 
-    def ram(self, name: str, size: int = 0) -> memoryview:
+    def ram(self, name: str, size: int = 0, *, huge_pages: bool = False) -> memoryview:
         """Return the machine's RAM block ``name`` as a writable view, creating it if the machine has none.
 
         ``size`` in bytes, a multiple of 4096; it may be left out for a block that another process has declared.
-        Raises AttachRefused.
+        ``huge_pages``: it consists of pages of 2 MiB, of which ``size`` is a multiple then; the host must have enough
+        of them (vm.nr_hugepages). Raises AttachRefused, KernelError.
         """
-        if size < 0 or size % memory.PAGE_SIZE:
-            raise ValueError(f"the size of a RAM block must be a multiple of {memory.PAGE_SIZE}, not {size}")
+        page_size = HUGE_PAGE_SIZE if huge_pages else memory.PAGE_SIZE
+        if size < 0 or size % page_size:
+            raise ValueError(f"the size of a RAM block must be a multiple of {page_size}, not {size}")
         _check_name(name)
         with self._declaring:
             if name not in self._blocks:
-                self._insist(lambda: self._declare_block(name, size))
+                self._insist(lambda: self._declare_block(name, size, page_size))
         block = self._blocks[name]
         if size not in (0, block.mapping.size):
             raise ValueError(f"RAM block {name!r} has {block.mapping.size} bytes, not {size}")
         return block.mapping.view
 
-    def _declare_block(self, name: str, size: int) -> None:
-        answer, fds = self._connection.ask(_block_request(name, size))
+    def _declare_block(self, name: str, size: int, page_size: int) -> None:
+        answer, fds = self._connection.ask(_block_request(name, size, page_size))
         assert isinstance(answer, wire.BlockAnswer)
         if answer.exists:
             size, memfd = answer.size, fds[0]
         else:
-            memfd = memory.create_memfd(name, size)
+            memfd = memory.create_memfd(name, size, page_size)
         try:
             memory.seal_size(memfd, size)
             mapping = memory.Mapping(memfd, size, dont_fork=True)
@@ -275,7 +282,7 @@ class Machine:
     def declare(self, exchange: Exchange) -> None:
         """Declare again what was declared before the connection broke."""
         for block in list(self._blocks.values()):
-            _, fds = exchange(_block_request(block.name, block.mapping.size))
+            _, fds = exchange(_block_request(block.name, block.mapping.size, block.page_size))
             for fd in fds:
                 os.close(fd)  # the daemon compares the memfds
             exchange(_map_request(block.name, block.mapping), [block.memfd])
@@ -343,8 +350,8 @@ def _own_descriptors() -> dict[str, int]:
     return descriptors
 
 
-def _block_request(name: str, size: int) -> Callable[[int], wire.FromWorkload]:
-    return lambda number: wire.BlockRequest(number, name, size, memory.PAGE_SIZE)
+def _block_request(name: str, size: int, page_size: int) -> Callable[[int], wire.FromWorkload]:
+    return lambda number: wire.BlockRequest(number, name, size, page_size)
 
 
 def _map_request(name: str, mapping: memory.Mapping) -> Callable[[int], wire.FromWorkload]:

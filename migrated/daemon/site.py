@@ -18,6 +18,7 @@ import msgspec
 
 from migrated.errors import KernelError, MigratedError
 from migrated.kernel.host_memory import available_bytes
+from migrated.kernel.memory import PAGE_SIZE, reserve
 from migrated.savevm.ports import RamBlockPort
 
 RESERVATION = "memory-reserved.json"
@@ -62,8 +63,19 @@ class HostSite:
 
     def free_bytes(self) -> int:
         """Return what the host can give; what is in the blocks here is given back when a machine arrives."""
-        here = sum(map(self.used_bytes, self._blocks()))
+        here = sum(self.used_bytes(block) for block in self._blocks() if block.page_size == PAGE_SIZE)
         return max(available_bytes() + here - self._reserved_by_others(), 0)
+
+    def huge_page_obstacles(self) -> list[MigratedError]:
+        """Reserve huge pages for the blocks here that consist of them; return what stands against that."""
+        found: list[MigratedError] = []
+        for block in self._blocks():
+            if block.page_size > PAGE_SIZE:
+                try:
+                    reserve(block.memfd, block.size_bytes, f"RAM block {block.name}")
+                except KernelError as error:
+                    found.append(error)
+        return found
 
     def reserve(self, size_bytes: int) -> None:
         """Reserve until `RESERVED_FOR_S` from now, instead of what was reserved before; 0 ends it."""

@@ -34,9 +34,9 @@ STRETCH_PAGES = 64
 class Walker:
     """One walk over one block, and what it takes to prove that nothing was lost."""
 
-    def __init__(self, machine: Machine, ram_bytes: int, seed: int) -> None:
+    def __init__(self, machine: Machine, ram_bytes: int, seed: int, *, huge_pages: bool = False) -> None:
         self._machine = machine
-        self._memory = machine.ram("heap", ram_bytes)
+        self._memory = machine.ram("heap", ram_bytes, huge_pages=huge_pages)
         self._pages = ram_bytes // PAGE
         self._seed = seed
         self.steps = 0
@@ -132,12 +132,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--attach", required=True, help="path of the daemon's attach socket")
     parser.add_argument("--ram", type=int, required=True, help="bytes of memory")
+    parser.add_argument("--huge-pages", action="store_true", help="in pages of 2 MiB (vm.nr_hugepages)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the random content")
     parser.add_argument("--pause", choices=("cooperative", "signal"), default="cooperative")
     parser.add_argument("--name", default="walker")
     arguments = parser.parse_args()
     with attach(arguments.attach, name=arguments.name) as machine:
-        walker = Walker(machine, arguments.ram, arguments.seed)
+        walker = Walker(machine, arguments.ram, arguments.seed, huge_pages=arguments.huge_pages)
         machine.ready()
         tell("ready", tracked=machine.tracked)
         walker.run()

@@ -17,8 +17,11 @@ import stat
 from pathlib import Path
 
 from migrated.errors import KernelError
+from migrated.kernel.huge_pages import HUGE_PAGE_SIZE, HUGE_PAGES_FLAGS, page_size_of, shortage
 
 PAGE_SIZE = 4096
+#: Of what blocks may consist. A page of 1 GiB would keep who waits for it waiting for seconds.
+PAGE_SIZES = (PAGE_SIZE, HUGE_PAGE_SIZE)
 
 MADV_POPULATE_WRITE = 23
 FALLOC_FL_KEEP_SIZE = 1
@@ -40,10 +43,14 @@ _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
-def create_memfd(name: str, size: int) -> int:
-    """Create a sealable memfd of ``size`` bytes; ``name`` only shows in /proc."""
+def create_memfd(name: str, size: int, page_size: int = PAGE_SIZE) -> int:
+    """Create a sealable memfd of ``size`` bytes in pages of PAGE_SIZES; ``name`` only shows in /proc.
+
+    Huge pages are reserved when it is mapped, not here.
+    """
+    flags = HUGE_PAGES_FLAGS if page_size == HUGE_PAGE_SIZE else 0
     try:
-        fd = os.memfd_create(name[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fd = os.memfd_create(name[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | flags)
     except OSError as error:
         raise KernelError("memfd_create", error.errno or 0) from error
     try:
@@ -105,6 +112,8 @@ class Mapping:
             if dont_fork:
                 memory.madvise(mmap.MADV_DONTFORK)
         except OSError as error:
+            if error.errno == errno.ENOMEM and page_size_of(fd) == HUGE_PAGE_SIZE:
+                raise shortage(size) from error
             raise KernelError("mmap", error.errno or 0, f"{size} bytes") from error
         self._memory: mmap.mmap | None = memory
         self.size = size
@@ -134,6 +143,16 @@ class Mapping:
             return  # somebody still holds a view; the last one to go unmaps
 
 
+def reserve(fd: int, size: int, what: str) -> None:
+    """Reserve huge pages for all of a memfd that consists of them, as long as it lives. Raises KernelError."""
+    try:
+        Mapping(fd, size).close()
+    except KernelError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        raise shortage(size, what) from error
+
+
 def populate_write(address: int, length: int) -> None:
     """Fault pages in for writing without changing their content; the GIL is free meanwhile."""
     for start in range(address, address + length, POPULATE_STEP_BYTES):
@@ -153,8 +172,11 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
 def data_extents(fd: int, start: int, end: int) -> list[tuple[int, int]]:
     """Return the ranges of [start, end) that are not holes, as (start, end) byte offsets, ascending.
 
-    Reading a hole through a mapping would allocate it; asking here does not.
+    Reading a hole through a mapping would allocate it; asking here does not. Of memory in huge pages the kernel says
+    only how much of it there is: if there is any, all of it may be.
     """
+    if page_size_of(fd) == HUGE_PAGE_SIZE and not os.fstat(fd).st_blocks:
+        return []
     extents = []
     position = start
     while position < end:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrated.errors import WorkloadError
+from migrated.kernel.huge_pages import page_size_of
 from migrated.kernel.memory import PAGE_SIZE, Mapping, memfd_identity
 from migrated.machine.retired import RetiredDescriptors
 from migrated.savevm.ports import TrackedMapping
@@ -23,12 +24,11 @@ from migrated.savevm.ports import TrackedMapping
 class MachineBlock:
     """A RamBlockPort. Owns ``memfd``, which must be sealed and of ``size_bytes``."""
 
-    page_size = PAGE_SIZE
-
     def __init__(self, name: str, size_bytes: int, memfd: int) -> None:
         self.name = name
         self.size_bytes = size_bytes
         self.memfd = memfd
+        self.page_size = page_size_of(memfd)
         self.identity = memfd_identity(memfd)
         self._mappings: dict[str, TrackedMapping] = {}
         self._last_workload = ""
@@ -40,13 +40,16 @@ class MachineBlock:
 
     @property
     def pages(self) -> NDArray[np.uint8]:
-        """All pages, shape (pages, page_size). Raises WorkloadError when the block went with its workload."""
+        """All target pages, shape (pages, 4096), in whatever they are kept.
+
+        Raises WorkloadError when the block went with its workload.
+        """
         with self._lock:
             if self._closed:
                 raise WorkloadError(self._last_workload or "?", f"RAM block {self.name} is gone with it")
             if self._pages is None:
                 self._own = Mapping(self.memfd, self.size_bytes)
-                self._pages = np.frombuffer(self._own.view, np.uint8).reshape(-1, self.page_size)
+                self._pages = np.frombuffer(self._own.view, np.uint8).reshape(-1, PAGE_SIZE)
             return self._pages
 
     @property

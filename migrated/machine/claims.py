@@ -57,12 +57,12 @@ def _check_pagemap(pid: int, pagemap: int) -> None:
         raise ClaimRefused("descriptor 'pagemap'", expected=f"that of process {pid}", found=f"that of process {owner}")
 
 
-def check_range(address: int, size: int) -> None:
+def check_range(address: int, size: int, page_size: int = PAGE_SIZE) -> None:
     """Refuse a range that cannot be a mapping of whole pages."""
-    if address % PAGE_SIZE or size % PAGE_SIZE or size == 0:
+    if address % page_size or size % page_size or size == 0:
         raise ClaimRefused(
             "the mapping is not made of whole pages",
-            expected=f"address and size in multiples of {PAGE_SIZE}",
+            expected=f"address and size in multiples of {page_size}",
             found=f"{size} bytes at {address:#x}",
         )
     if address == 0 or address + size > MAX_ADDRESS:

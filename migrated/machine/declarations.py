@@ -13,6 +13,7 @@ from typing import Protocol
 
 from migrated.errors import KernelError, MigratedError
 from migrated.kernel import memory
+from migrated.kernel.huge_pages import page_size_of
 from migrated.machine.block import MachineBlock
 from migrated.machine.claims import ClaimRefused, check_mapping, check_range
 from migrated.machine.device import WorkloadDevice
@@ -52,14 +53,15 @@ class Declarations:
 
     def offer_block(self, workload: Workload, request: attach.BlockRequest) -> MachineBlock | None:
         """Return the block that exists, or reserve the name for ``workload``. Raises ClaimRefused."""
-        if request.page_size != memory.PAGE_SIZE:
-            raise ClaimRefused("page_size", expected=str(memory.PAGE_SIZE), found=str(request.page_size))
+        if request.page_size not in memory.PAGE_SIZES:
+            expected = " or ".join(map(str, memory.PAGE_SIZES))
+            raise ClaimRefused("page_size", expected=expected, found=str(request.page_size))
         if (block := self.blocks.get(request.name)) is not None:
             _check_existing(block, workload, request)
             return block
         if request.size == 0:
             raise ClaimRefused(f"no block '{request.name}' exists", expected="a size, to create it", found="0")
-        check_range(memory.PAGE_SIZE, request.size)
+        check_range(request.page_size, request.size, request.page_size)
         holder = self._reserved.get(request.name, workload.name)
         if holder != workload.name:
             raise ClaimRefused(f"block '{request.name}' is being created by workload {holder}", again=True)
@@ -81,6 +83,7 @@ class Declarations:
             self._check_request(workload, request, memfd)
             try:
                 memory.seal_size(memfd, request.size)
+                check_range(request.address, request.size, _page_size(request.name, memfd))
             except KernelError as error:
                 raise ClaimRefused(f"the memfd of block '{request.name}' is refused: {error}") from error
             await asyncio.to_thread(
@@ -191,6 +194,19 @@ def _check_existing(block: MachineBlock, workload: Workload, request: attach.Blo
         raise ClaimRefused(f"this workload has mapped block '{request.name}' already")
     if request.size not in (0, block.size_bytes):
         raise _wrong_size(request.name, block.size_bytes, request.size)
+    if request.size and request.page_size != block.page_size:
+        raise ClaimRefused(
+            f"block '{request.name}' exists with pages of another size",
+            expected=f"{block.page_size} bytes", found=f"{request.page_size}",
+        )  # fmt: skip
+
+
+def _page_size(name: str, memfd: int) -> int:
+    """Return what a memfd consists of, whatever was said: the kernel knows better."""
+    if (page_size := page_size_of(memfd)) not in memory.PAGE_SIZES:
+        expected = " or ".join(map(str, memory.PAGE_SIZES))
+        raise ClaimRefused(f"the pages of block '{name}'", expected=f"{expected} bytes each", found=str(page_size))
+    return page_size
 
 
 def _wrong_size(name: str, expected: int, found: int) -> ClaimRefused:

@@ -81,6 +81,10 @@ class SitePort(Protocol):
         """Have others on this host keep away from that much memory, for a limited time; 0 ends it."""
         ...
 
+    def huge_page_obstacles(self) -> list[MigratedError]:
+        """Return what stands against memory in huge pages for the blocks here that consist of them."""
+        ...
+
     def record_obstacles(self) -> list[MigratedError]:
         """Return what stands against writing the ownership record."""
         ...

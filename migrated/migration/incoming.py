@@ -339,7 +339,7 @@ class IncomingMigration:
             host.kept.forget()
             await host.registry.load_setup(self._link.stream)
             if self.postcopy.advised:
-                host.postcopy_load.advise()
+                host.postcopy_load.advise(self.postcopy.page_sizes)
         if (group := self._group) is not None:
             watched = (host.machine.arrival_lost(), self._preflight.keep_reservation())
             self._watchers = [group.create_task(watch) for watch in watched]

@@ -35,6 +35,7 @@ from migrated.migration.progress import Progress
 from migrated.migration.recovery import Dial, Pauses
 from migrated.migration.return_path import SETUP_PING, PeerKind, ReturnPathReader
 from migrated.migration.switchover import Commit, Switchover
+from migrated.model.ramblock import page_size_summary
 from migrated.model.status import ENDED, OUTGOING, POSTCOPY, MigrationStatus, StatusCell
 from migrated.stream.incoming import IncomingStream
 from migrated.stream.outgoing import OutgoingStream
@@ -42,9 +43,7 @@ from migrated.transport.channel import Channel
 from migrated.transport.file import FileChannel
 from migrated.wire.command import FEATURE_HANDOVER, Command, ping_payload
 from migrated.wire.handover import encode_offer
-from migrated.wire.postcopy import encode_advise
 
-PAGE_SIZE = 4096
 #: How long a failing channel is given to deliver the destination's reason.
 REASON_GRACE_S = 1.0
 
@@ -331,10 +330,10 @@ class OutgoingMigration:
             return
         if self._return_path is None:
             raise CommandError(
-                f"postcopy needs a connection with a return path, and {self.peer} has none. Next: migrate with"
-                " postcopy-ram off, or over tcp: or unix:"
+                f"postcopy needs a connection with a return path, and {self.peer} has none."
+                " Next: migrate with postcopy-ram off, or over tcp: or unix:"
             )
-        f.put_buffer(encode_advise(PAGE_SIZE, PAGE_SIZE))
+        f.put_advise(page_size_summary(block.page_size for block in self._host.machine.ram_blocks()))
 
     async def _greet(self, f: OutgoingStream) -> None:
         """Find out who is there, and whether anything stands in the way at either end. Nothing has moved yet."""

@@ -31,6 +31,7 @@ from migrated.migration.take_over import TakeOver
 from migrated.model.faults import FaultFigures
 from migrated.model.handover import Event, Hold
 from migrated.model.postcopy import PostcopyState, PostcopyStep, next_state
+from migrated.model.ramblock import PAGE_SIZES, TARGET_PAGE_BYTES
 from migrated.model.status import MigrationStatus, StatusCell
 from migrated.stream.incoming import PIECE_MAX_BYTES, IncomingStream
 from migrated.transport.channel import Channel, SocketChannel
@@ -39,7 +40,6 @@ from migrated.wire.command import Command
 from migrated.wire.postcopy import Advise, check_advise, parse_advise, parse_discard, parse_recv_bitmap
 from migrated.wire.section import CommandHeader
 
-PAGE_SIZE = 4096
 #: A large buffer takes longer to get than most packages to read.
 PACKAGE_BUFFER_BYTES = PIECE_MAX_BYTES
 #: Reads the elements of a stream until EOF or RUN.
@@ -68,6 +68,8 @@ class PostcopyTarget:
         self._read = read
         self._check_devices = check_devices
         self._state = PostcopyState.NONE
+        self.page_sizes = 0
+        """Those of the source's blocks, or-ed together, as it advised."""
         self.listens = asyncio.Event()
         """Set once the machine is about to run with memory that is not here."""
         self._next_channel: asyncio.Future[Channel] | None = None
@@ -102,7 +104,9 @@ class PostcopyTarget:
         match command:
             case Command.POSTCOPY_ADVISE:
                 self._step(PostcopyStep.ADVISE)
-                check_advise(parse_advise(header.payload), Advise(PAGE_SIZE, PAGE_SIZE))
+                advice = parse_advise(header.payload)
+                check_advise(advice, Advise(PAGE_SIZES, TARGET_PAGE_BYTES))
+                self.page_sizes = advice.page_size_summary if advice is not None else 0
             case Command.POSTCOPY_RAM_DISCARD:
                 self._step(PostcopyStep.DISCARD)
                 discard = parse_discard(header.payload)

@@ -15,6 +15,7 @@ from migrated.error_ids import ERROR_IDS
 from migrated.errors import Blocker, CommandError, MigratedError
 from migrated.migration.host import OPTIONAL_SECTIONS
 from migrated.model.parameters import ADOPTED_CAPABILITIES, ADOPTED_PARAMETERS, CAPABILITIES, Parameters
+from migrated.model.ramblock import TARGET_PAGE_BYTES
 from migrated.wire.preflight import PROTOCOL, Requirements
 
 WAITS = frozenset({"block-missing", "section-missing"})
@@ -51,6 +52,8 @@ class Facts:
     keeps_unknown: bool = False
     free_bytes: int = 1 << 62
     """Memory that an arriving machine can have."""
+    huge_pages: Sequence[MigratedError] = ()
+    """What stands against blocks in huge pages."""
     record: Sequence[MigratedError] = ()
     """What stands against writing the ownership record."""
     postcopy: Sequence[MigratedError] = ()
@@ -141,15 +144,20 @@ def _capabilities(needs: Requirements, facts: Facts) -> Iterator[Blocker]:
             yield _blocker("parameter-refused", f"parameter {name}={value}: {error}")
 
 
+def plain_bytes(needs: Requirements) -> int:
+    """Return how much memory the machine uses besides huge pages, which are reserved in their own way."""
+    return sum(block.used_bytes for block in needs.blocks if block.page_size == TARGET_PAGE_BYTES)
+
+
 def _memory(needs: Requirements, facts: Facts) -> Iterator[Blocker]:
-    used = sum(block.used_bytes for block in needs.blocks)
+    used = plain_bytes(needs)
     if used > facts.free_bytes:
         text = f"the machine uses {used} bytes of memory, and {facts.free_bytes} can be had here"
         yield _blocker("memory-short", text)
 
 
 def _host(needs: Requirements, facts: Facts) -> Iterator[Blocker]:
-    against = [*facts.record, *(facts.postcopy if needs.capabilities.get("postcopy-ram") else ())]
+    against = [*facts.huge_pages, *facts.record, *(facts.postcopy if needs.capabilities.get("postcopy-ram") else ())]
     yield from (Blocker.of(error, DESTINATION) for error in against)
 
 

@@ -12,7 +12,16 @@ import contextlib
 from migrated.errors import Blocker, CommandError, WorkloadError
 from migrated.migration.host import OPTIONAL_SECTIONS, Host
 from migrated.migration.incoming_link import IncomingLink
-from migrated.migration.preflight import WAITS, Facts, LocalBlock, adopted_settings, blocking, find_blockers
+from migrated.migration.preflight import (
+    WAITS,
+    Facts,
+    LocalBlock,
+    adopted_settings,
+    blocking,
+    find_blockers,
+    plain_bytes,
+)
+from migrated.model.ramblock import TARGET_PAGE_BYTES
 from migrated.wire.preflight import REQUIREMENTS_MAX_BYTES, Answer, Pieces, Requirements, parse_requirements
 
 #: A third of what a reservation lasts.
@@ -61,7 +70,8 @@ class PreflightTarget:
         """Renew what is reserved while memory arrives, until this is cancelled: what is here is no longer free."""
         while self._reserved_bytes:
             await asyncio.sleep(RENEW_S)
-            here = sum(map(self._host.site.used_bytes, self._host.machine.ram_blocks()))
+            plain = [block for block in self._host.machine.ram_blocks() if block.page_size == TARGET_PAGE_BYTES]
+            here = sum(map(self._host.site.used_bytes, plain))
             self._host.site.reserve(max(self._reserved_bytes - here, 0))
 
     def release(self) -> None:
@@ -80,7 +90,7 @@ class PreflightTarget:
     async def _check(self, needs: Requirements) -> list[Blocker]:
         if not needs.dry_run:
             # Said before it is looked for: of two that want the same memory at once, at most one gets it.
-            self._reserved_bytes = sum(block.used_bytes for block in needs.blocks)
+            self._reserved_bytes = plain_bytes(needs)
             self._host.site.reserve(self._reserved_bytes)
         facts = await self._facts(needs)
         blockers = find_blockers(needs, facts)
@@ -112,6 +122,7 @@ class PreflightTarget:
             expected=await host.registry.not_loaded(besides=OPTIONAL_SECTIONS, loaded=()),
             keeps_unknown=bool(settings.parameters.get("x-migrated-keep-unknown-sections")),
             free_bytes=host.site.free_bytes(),
+            huge_pages=host.site.huge_page_obstacles(),
             record=host.site.record_obstacles(),
             postcopy=host.postcopy_load.obstacles() if postcopy else (),
         )

@@ -39,6 +39,7 @@ from migrated.wire.manifest import (
     chunks_of,
     hash_of,
 )
+from migrated.wire.ram import PAGE
 from migrated.wire.section import SectionHeader
 
 #: A page of data has a record's head and perhaps a name in front of it, a hole is a record of nine bytes.
@@ -125,7 +126,7 @@ def expected_bytes(blocks: Iterable[RamBlockPort]) -> int:
     for block in blocks:
         data = min(os.fstat(block.memfd).st_blocks * 512, block.size_bytes)
         holes = block.size_bytes - data
-        total += data + data // block.page_size * PAGE_RECORD_BYTES + holes // block.page_size * HOLE_RECORD_BYTES
+        total += data + data // PAGE * PAGE_RECORD_BYTES + holes // PAGE * HOLE_RECORD_BYTES
     return total
 
 

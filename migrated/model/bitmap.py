@@ -158,10 +158,29 @@ class PageBitmap:
         self._words[words] = new
         self._count += int(np.bitwise_count(old ^ new).sum())
 
+    def clear_pages(self, pages: Pages) -> int:
+        """Clear pages, which ascend; return how many were set."""
+        if not len(pages):
+            return 0
+        self._check_bounds(int(pages[0]), int(pages[-1]) + 1)
+        words = pages >> 6
+        starts = np.flatnonzero(np.diff(words, prepend=-1))
+        masks = np.bitwise_or.reduceat(np.uint64(1) << (pages & 63).astype(np.uint64), starts)
+        old = self._words[words[starts]]
+        self._words[words[starts]] = old & ~masks
+        cleared = int(np.bitwise_count(old & masks).sum())
+        self._count -= cleared
+        return cleared
+
     def test_pages(self, pages: Pages) -> NDArray[np.bool_]:
         """Say of each page whether it is set."""
         bits: Words = self._words[pages >> 6] >> (pages & 63).astype(np.uint64)
         return (bits & np.uint64(1)).astype(np.bool_)
+
+    def widen(self, group: int) -> None:
+        """Set every page of each aligned group of pages that has one set; groups are whole words, ``pages`` groups."""
+        words = self._words.reshape(-1, group // _WORD_BITS)
+        self._combine(np.repeat(np.where(words.any(axis=1), np.uint64(_FULL), np.uint64(0)), words.shape[1]))
 
     # -- taking ------------------------------------------------------------------------------------------------
 
@@ -189,7 +208,7 @@ class PageBitmap:
 
         None, with nothing cleared, where not all of them are set; that costs next to nothing.
         """
-        first = self._first_from(cursor)
+        first = self.first_from(cursor)
         if first is None or first + count > self.pages:
             return None
         low, high = first // _WORD_BITS, -(-(first + count) // _WORD_BITS)
@@ -201,7 +220,8 @@ class PageBitmap:
         self._count -= count
         return first
 
-    def _first_from(self, cursor: int) -> int | None:
+    def first_from(self, cursor: int) -> int | None:
+        """Return the first set page from ``cursor`` on."""
         if not self._count or cursor >= self.pages:
             return None
         index, step = cursor // _WORD_BITS, _WORD_BITS

@@ -6,7 +6,7 @@ are QEMU's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from migrated.errors import RemoteProtocolError
@@ -16,6 +16,9 @@ NAME_MAX_BYTES = 255
 #: Half of what one x86-64 process can map (47 bits of address space).
 SIZE_MAX_BYTES = 1 << 46
 TARGET_PAGE_BYTES = 4096
+HUGE_PAGE_BYTES = 2 << 20
+#: Of what a block may consist here, or-ed together.
+PAGE_SIZES = TARGET_PAGE_BYTES | HUGE_PAGE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +45,33 @@ class RamBlock:
         return self.size_bytes // self.page_size
 
 
-def check_block_list(received: Sequence[tuple[str, int]], local: Iterable[RamBlock]) -> None:
-    """Raise RemoteProtocolError unless every received (name, length) is a local block; others may exist here."""
-    known = {block.name: block.size_bytes for block in local}
+def page_size_summary(page_sizes: Iterable[int]) -> int:
+    """Return page sizes as POSTCOPY_ADVISE has them: or-ed together."""
+    summary = 0
+    for page_size in page_sizes:
+        summary |= page_size
+    return summary
+
+
+def check_block_list(
+    received: Sequence[tuple[str, int]], local: Iterable[RamBlock], page_sizes: Mapping[str, int] | None = None
+) -> None:
+    """Raise RemoteProtocolError unless every received (name, length) is a local block; others may exist here.
+
+    ``page_sizes`` are those of the blocks that do not consist of target pages; None where nothing is said of that.
+    """
+    blocks = {block.name: block for block in local}
+    known = {name: block.size_bytes for name, block in blocks.items()}
     problems = []
     for name, length in received:
         if name not in known:
             problems.append(f'Unknown ramblock "{name}", cannot accept migration')
         elif length != known[name]:
             problems.append(f"Size mismatch: {name}: {length:#x} != {known[name]:#x}: Invalid argument")
+        elif page_sizes is not None:
+            here, there = blocks[name].page_size, page_sizes.get(name, TARGET_PAGE_BYTES)
+            if here != there:
+                problems.append(f"Mismatched RAM page size {name} (local) {here} != {there}")
     if problems:
         raise RemoteProtocolError(
             "; ".join(problems),

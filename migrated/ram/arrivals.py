@@ -1,10 +1,15 @@
-"""What has arrived of a block.
+"""What has arrived of a block, and how it lands there before the machine runs.
 
 The rule of the file: a page is added after it was placed. Runs that follow each other are kept as one until somebody
 asks: the bits would cost as much as the copying, taken 64 at a time.
+
+Landing: runs are written by descriptor (``pwritev``: no fault, nothing is zeroed that is overwritten anyway), whether
+there is memory or a hole; scattered pages are stored through the daemon's own mapping.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +30,8 @@ class Arrivals:
 
     def __init__(self, block: RamBlockPort) -> None:
         self.block = block
+        self.host_pages = block.page_size // PAGE
+        """How many pages are placed at once once the machine runs."""
         self._received = PageBitmap(block.size_bytes // PAGE)
         self._with_data = PageBitmap(block.size_bytes // PAGE)
         self._run = range(0)
@@ -45,6 +52,11 @@ class Arrivals:
     def has(self, page: int) -> bool:
         """Say whether a page has arrived."""
         return page in self._run or self._received.test(page)
+
+    def keep(self, extents: Sequence[tuple[int, int]]) -> None:
+        """Say where the block has memory with something old in it: byte ranges."""
+        for start, end in extents:
+            self._with_data.set_range(start // PAGE, -(-end // PAGE))
 
     def remove(self, start: int, end: int) -> None:
         """Forget the pages start..end-1: they were dropped."""
@@ -71,7 +83,7 @@ class Arrivals:
             self.block.pages[pages] = rows
             return [pages]
         for start, end in runs:
-            write_rows(self.block.memfd, rows[start:end], int(pages[start]) * PAGE)
+            self._write(int(pages[start]), rows[start:end])
         return [range(int(pages[start]), int(pages[start]) + end - start) for start, end in runs]
 
     def add(self, part: Part) -> None:
@@ -80,6 +92,13 @@ class Arrivals:
             self.add_run(part.start, part.stop)
         else:
             self.add_pages(part)
+
+    def _write(self, first: int, rows: NDArray[np.uint8]) -> None:
+        """Put pages that follow each other into memory; huge pages cannot be written by descriptor."""
+        if self.host_pages == 1:
+            write_rows(self.block.memfd, rows, first * PAGE)
+        else:
+            np.copyto(self.block.pages[first : first + len(rows)], rows)
 
     def add_page(self, page: int) -> None:
         """Add one page that holds data."""
@@ -97,10 +116,12 @@ class Arrivals:
         """Add pages that are zero."""
         self._received.set_pages(pages)
 
-    def stale(self, pages: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return which of ``pages`` may hold data from before."""
+    def take_stale(self, pages: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return, ascending, which of ``pages`` hold something from before, and count on it that they become holes."""
         self._settle()
-        return pages[self._with_data.test_pages(pages)]
+        stale = np.unique(pages[self._with_data.test_pages(pages)])
+        self._with_data.clear_pages(stale)
+        return stale
 
     def _settle(self) -> None:
         if not self._run:

@@ -22,6 +22,7 @@ from migrated.kernel.memory import data_extents
 from migrated.savevm.ports import RamBlockPort
 from migrated.transport.thread import in_thread
 from migrated.wire.manifest import hash_of
+from migrated.wire.ram import PAGE
 
 PIECE_BYTES = 1 << 20
 #: Pieces for one hop into a thread; a cancellation waits for about ten milliseconds.
@@ -57,8 +58,9 @@ def _hash_piece(block: RamBlockPort, start: int, end: int, extents: list[tuple[i
     first, last = extents[index] if index < len(extents) else (end, end)
     if first >= end:
         return _hash_of_zeros(end - start)
-    if first <= start and end <= last:
-        pages = block.pages[start // block.page_size : end // block.page_size]
+    # Of memory in huge pages nobody says where it has holes.
+    if first <= start and end <= last and block.page_size == PAGE:
+        pages = block.pages[start // PAGE : end // PAGE]
         return xxh3_128_hexdigest(pages.data)
     buffer = bytearray(end - start)
     # A memfd is read whole, or it is none any more (`machine.retired`).

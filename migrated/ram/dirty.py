@@ -13,6 +13,7 @@ resort, about 0.2 s/GiB per look).
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -22,9 +23,15 @@ from xxhash import xxh3_128_digest
 
 from migrated.errors import KernelError, WorkloadError
 from migrated.kernel import pagemap, userfault
+from migrated.kernel.memory import data_extents
 from migrated.model.bitmap import PageBitmap
 from migrated.savevm.ports import RamBlockPort, TrackedMapping
 from migrated.transport.thread import in_thread
+from migrated.wire.ram import PAGE
+
+#: 1 MiB: what is read is hashed while it is in the processor's cache.
+PIECE_PAGES = 256
+_DIGEST_OF_ZEROS = xxh3_128_digest(bytes(PAGE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,16 +129,16 @@ class DirtyLog:
         # The workload mapped something over the range, which drops the registration: all of it may be dirty.
         log.registered.discard(mapping)
         self._protect(log, mapping)
-        return [(np.array([0]), np.array([mapping.length // log.block.page_size]))]
+        return [(np.array([0]), np.array([mapping.length // PAGE]))]
 
     def _clear(self) -> None:
-        self._sync({log.block.name: PageBitmap(log.block.size_bytes // log.block.page_size) for log in self._logs})
+        self._sync({log.block.name: PageBitmap(log.block.size_bytes // PAGE) for log in self._logs})
 
     def _stray_write(self) -> StrayWrite | None:
         for log in self._logs:
             for mapping in log.block.mappings:
                 if mapping.userfault < 0 and _is_new(log, mapping):
-                    return StrayWrite(mapping.workload, log.block.name, 0, mapping.length // log.block.page_size)
+                    return StrayWrite(mapping.workload, log.block.name, 0, mapping.length // PAGE)
                 for starts, ends in self._scan(log, mapping):
                     if len(starts):
                         pages = int((ends - starts).sum())
@@ -173,8 +180,17 @@ class PageHashes:
         return np.unique(changed // 2)
 
     def _hash(self) -> NDArray[np.void]:
-        raw = b"".join(map(xxh3_128_digest, self._block.pages))
-        return np.frombuffer(raw, dtype=self.DIGEST)
+        """Return all digests. Holes are not read: in a mapping that would fill them."""
+        memfd, size = self._block.memfd, self._block.size_bytes
+        digests = np.full(size // PAGE, np.frombuffer(_DIGEST_OF_ZEROS, self.DIGEST))
+        rows = np.empty((PIECE_PAGES, PAGE), np.uint8)
+        for start, end in data_extents(memfd, 0, size):
+            for first in range(start // PAGE, -(-end // PAGE), PIECE_PAGES):
+                part = rows[: min(PIECE_PAGES, -(-end // PAGE) - first)]
+                if os.preadv(memfd, [part.data], first * PAGE) != part.nbytes:
+                    part[:] = self._block.pages[first : first + len(part)]  # raises: it is gone
+                digests[first : first + len(part)] = np.frombuffer(b"".join(map(xxh3_128_digest, part)), self.DIGEST)
+        return digests
 
 
 def _explain(error: KernelError, block: RamBlockPort, mapping: TrackedMapping) -> WorkloadError:

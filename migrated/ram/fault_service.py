@@ -2,7 +2,8 @@
 
 The rule of the file: a thread that waits is never forgotten and never woken to zeros. A fault on a page that was
 received is answered here (it is a hole that was announced as zero, or was placed in between); any other page is asked
-for once, however many threads and processes wait for it, and all of them are woken when it was placed.
+for once, however many threads and processes wait for it, and all of them are woken when it was placed. A huge page is
+known by its first target page, and asked for whole.
 
     fault -> received: answer here | asked for already: join | else: ask
     placed -> waiters in other processes woken, latency recorded
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from migrated.errors import KernelError
 from migrated.kernel import userfault, userfault_place
 from migrated.model.faults import FaultFigures
+from migrated.ram.place import place_zeros
 from migrated.savevm.ports import RamBlockPort
 from migrated.wire.ram import PAGE
 
@@ -56,6 +58,7 @@ class FaultService:
         self._clock = clock
         self._addresses = {(m.userfault, block.name): m.address for block in blocks for m in block.mappings}
         self._ranges = {fd: self._ranges_of(fd) for fd, _ in self._addresses}
+        self._page_sizes = {block.name: block.page_size for block in blocks}
         self._waiting: dict[str, dict[int, _Waiting]] = {block.name: {} for block in blocks}
         self.figures = FaultFigures()
         self._serving = False
@@ -88,7 +91,7 @@ class FaultService:
         """Ask for everything that somebody still waits for (the link was replaced)."""
         for block, pages in self._waiting.items():
             for page in pages:
-                self._request(block, page * PAGE, PAGE)
+                self._request(block, page * PAGE, self._page_sizes[block])
 
     @property
     def waiting(self) -> int:
@@ -113,7 +116,9 @@ class FaultService:
         bases, blocks = self._ranges[fd]
         for address, thread, _ in faults:
             index = bisect_right(bases, address) - 1
-            self._fault(fd, blocks[index], (address - bases[index]) // PAGE, thread, now)
+            block = blocks[index]
+            size = self._page_sizes[block]
+            self._fault(fd, block, (address - bases[index]) // size * (size // PAGE), thread, now)
 
     def _fault(self, fd: int, block: str, page: int, thread: int, now: float) -> None:
         if self._is_received(block, page):
@@ -125,7 +130,9 @@ class FaultService:
             self._hurried_at = now
         waiting = self._waiting[block].get(page)
         if waiting is None:
-            self._request(block, page * PAGE, PAGE)  # first of all: the rest is done while the answer comes
+            self._request(
+                block, page * PAGE, self._page_sizes[block]
+            )  # first of all: the rest is done while the answer comes
             self._waiting[block][page] = waiting = _Waiting(now)
             self.figures.requests += 1
         waiting.threads[fd, thread] = now
@@ -133,11 +140,11 @@ class FaultService:
 
     def answer(self, fd: int, block: str, page: int) -> None:
         """Let a process go on that touched a page which is here: map it, or the zeros that it is."""
-        address = self._addresses[fd, block] + page * PAGE
+        address, size = self._addresses[fd, block] + page * PAGE, self._page_sizes[block]
         try:
-            if userfault_place.zeropage(fd, address, PAGE).obstacle:
+            if place_zeros(fd, address, size):
                 # It is here (EEXIST), or cannot be placed just now: who waits looks again, and faults again if need be.
-                userfault.wake(fd, address, PAGE)
+                userfault.wake(fd, address, size)
         except KernelError:
             return  # the process is gone, or has no such mapping any more: nobody waits
 

@@ -1,10 +1,7 @@
 """The "ram" handler's receiving half: records become pages of the declared blocks.
 
 The rule of the file: **a page's received bit is set after the page is placed**, and nothing runs before every page of
-every announced block was received. Blocks are emptied when a machine arrives, so untouched memory stays a hole.
-
-Landing: contiguous runs go by ``pwritev`` from where they arrived into the memfd (no fault, no zeroing of what is
-overwritten anyway); scattered pages are stored through the daemon's own mapping.
+every announced block was received: what was in a block before is overwritten, or is a hole again (`ram.arrivals`).
 
 Postcopy: once the stream is advised of it, the workloads' mappings catch touches of missing pages. From `listen` on
 pages are placed through those (`ram.place`), and no page that is missing is read or written here. Pages that are zero
@@ -15,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,16 +19,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from migrated.errors import KernelError, MigratedError, RemoteProtocolError, WorkloadError
-from migrated.kernel import userfault, userfault_place
-from migrated.kernel.memory import SHMEM_HUGE_UNASKED, punch_hole, shmem_huge_pages
+from migrated.errors import KernelError, MigratedError, RemoteProtocolError
+from migrated.kernel import userfault
+from migrated.kernel.memory import data_extents
 from migrated.model.bitmap import consecutive
 from migrated.model.faults import FaultFigures
 from migrated.model.ramblock import RamBlock, check_block_list
 from migrated.model.stats import RamStats
 from migrated.ram.arrivals import Arrivals, Part
 from migrated.ram.fault_service import FaultService
+from migrated.ram.holes import make_holes, punch
+from migrated.ram.host_pages import HostPages
 from migrated.ram.multifd_load import MultifdLoad
+from migrated.ram.obstacles import can_wait, cannot_wait, huge_pages_unasked
 from migrated.ram.place import copy_pages
 from migrated.savevm.ports import MachinePort, RamBlockPort, TrackedMapping
 from migrated.stream.incoming import IncomingStream
@@ -81,6 +80,7 @@ class RamLoad:
         self._registered: list[TrackedMapping] = []
         self._arrivals: dict[str, Arrivals] = {}
         self._parser = RamParser({})
+        self._host_pages = HostPages(self._place_host_page)
         self._scratch = np.empty(0, np.uint8)
 
     # -- hooks -------------------------------------------------------------------------------------------------
@@ -97,21 +97,21 @@ class RamLoad:
             raise RemoteProtocolError(
                 "the ram section has another version", section="ram", expected=str(RAM_VERSION), found=str(version_id)
             )
-        await self._load(f, self._parser)
+        await self._load(f)
         await self.channels.sync()
 
-    async def _load(self, f: IncomingStream, parser: RamParser) -> None:
-        while not await self._load_some(f, parser):
+    async def _load(self, f: IncomingStream) -> None:
+        while not await self._load_some(f, self._parser, self._host_pages):
             if not f.peek():
                 await f.fill()
 
-    async def _load_some(self, f: IncomingStream, parser: RamParser) -> bool:
+    async def _load_some(self, f: IncomingStream, parser: RamParser, host_pages: HostPages) -> bool:
         """Place what is buffered; True at the end of a section."""
         while True:
             events, used = parser.parse(f.peek())
             done = False
             for event in events:
-                done = await self._take(event)
+                done = await self._take(event, host_pages)
             f.consume(used)
             if used:
                 return done
@@ -133,7 +133,7 @@ class RamLoad:
         missing = []
         for block in self._machine.ram_blocks():
             arrivals = self._arrivals.get(block.name)
-            pages = block.size_bytes // block.page_size
+            pages = block.size_bytes // PAGE
             if left := pages - (arrivals.count if arrivals else 0):
                 missing.append(f"{block.name}: {left} of {pages} pages")
         if missing:
@@ -145,22 +145,23 @@ class RamLoad:
 
     def obstacles(self) -> list[MigratedError]:
         """Return what stands against postcopy: huge pages that come unasked, mappings that cannot wait for pages."""
-        huge = _huge_pages()
-        mappings = {m.workload: m for block in self._machine.ram_blocks() for m in block.mappings if not _can_wait(m)}
-        return [*([huge] if huge else []), *map(_cannot_wait, mappings.values())]
+        huge = huge_pages_unasked()
+        mappings = {m.workload: m for block in self._machine.ram_blocks() for m in block.mappings if not can_wait(m)}
+        return [*([huge] if huge else []), *map(cannot_wait, mappings.values())]
 
-    def advise(self) -> None:
+    def advise(self, page_sizes: int) -> None:
         """Catch touches of missing pages as soon as there are blocks. Raises KernelError."""
-        if (huge := _huge_pages()) is not None:
+        if (huge := huge_pages_unasked()) is not None:
             raise huge
         self._advised = True
+        self._parser.says_page_sizes = page_sizes != PAGE
 
     async def discard(self, block: str, ranges: Sequence[tuple[int, int]]) -> None:
         """Drop pages that arrived, or may have."""
         arrivals = self._arrivals_of(block)
         size = arrivals.block.size_bytes
         for start, length in ranges:
-            if start % PAGE or length % PAGE or start + length > size:
+            if start % arrivals.block.page_size or length % arrivals.block.page_size or start + length > size:
                 raise RemoteProtocolError(
                     f"discard of a wrong range of RAM block {block}",
                     expected=f"whole pages below {size:#x}",
@@ -168,7 +169,7 @@ class RamLoad:
                 )
         if not arrivals.count:
             return  # emptied when it was announced, and nobody has touched it since
-        await asyncio.to_thread(_punch, arrivals.block.memfd, ranges)
+        await asyncio.to_thread(punch, arrivals.block, ranges)
         for start, length in ranges:
             arrivals.remove(start // PAGE, (start + length) // PAGE)
 
@@ -184,12 +185,14 @@ class RamLoad:
     async def load_urgent(self, f: IncomingStream) -> None:
         """Place what was requested: whole pages where they arrive, whatever else there is in its turn."""
         f.section = "requested pages"
-        parser = self._new_parser()
+        parser, host_pages = self._new_parser(), HostPages(self._place_host_page)
 
         def place(buf: memoryview) -> int:
             placed, address = 0, f.front_address
             while (record := parser.parse_page(buf, placed)) is not None:
                 name, page, body = record
+                if self._arrivals[name].host_pages > 1:
+                    break  # a part of one
                 self._place_one(self._arrivals[name], page, address + body)
                 placed = body + PAGE
             return placed
@@ -197,7 +200,7 @@ class RamLoad:
         done = False
         while not done:
             await f.take_at_once(place)
-            done = await self._load_some(f, parser)
+            done = await self._load_some(f, parser, host_pages)
 
     def _place_one(self, arrivals: Arrivals, page: int, source: int) -> None:
         """Place the page that lies at address ``source``, and let go on who waited for it."""
@@ -206,6 +209,18 @@ class RamLoad:
         arrivals.add_page(page)
         self._service.placed_page(arrivals.block.name, page, woken)
         self._account(1)
+
+    def _place_host_page(self, arrivals: Arrivals, first: int, data: NDArray[np.uint8] | None) -> None:
+        """Place a whole huge page; None for zeros, which stay a hole until they are touched."""
+        end = first + arrivals.host_pages
+        if data is not None:
+            self._copy(arrivals, first, data)
+            self._account(end - first)
+            return
+        assert self._service is not None
+        arrivals.add_holes(np.arange(first, end))
+        self._service.placed_holes(arrivals.block.name)
+        self._stats.duplicate += end - first
 
     def _new_parser(self) -> RamParser:
         return RamParser({name: arrivals.block.size_bytes for name, arrivals in self._arrivals.items()})
@@ -217,6 +232,7 @@ class RamLoad:
     def reconnected(self) -> None:
         """Forget what was half received on the connection that broke."""
         self._parser = self._new_parser()
+        self._host_pages = HostPages(self._place_host_page)
 
     def request_again(self) -> None:
         """Ask again for what somebody waits for."""
@@ -245,8 +261,8 @@ class RamLoad:
 
     def _register(self, block: RamBlockPort) -> None:
         for mapping in block.mappings:
-            if not _can_wait(mapping):
-                raise _cannot_wait(mapping)
+            if not can_wait(mapping):
+                raise cannot_wait(mapping)
             userfault.register(mapping.userfault, mapping.address, mapping.length, userfault.MODE_MISSING)
             self._registered.append(mapping)
 
@@ -260,8 +276,10 @@ class RamLoad:
 
     # -- inside ------------------------------------------------------------------------------------------------
 
-    async def _take(self, event: RamEvent) -> bool:
+    async def _take(self, event: RamEvent, host_pages: HostPages) -> bool:
         match event:
+            case PageRun() | ZeroRun() if self._service is not None and self._arrivals[event.block].host_pages > 1:
+                host_pages.take(self._arrivals[event.block], event)
             case PageRun():
                 await self._place_pages(event)
             case ZeroRun():
@@ -278,16 +296,28 @@ class RamLoad:
         names = [name for name, _ in announced.blocks]
         await self._machine.wait_declared(names, [], self._attach_timeout_s())
         local = {block.name: block for block in self._machine.ram_blocks()}
-        check_block_list(announced.blocks, [RamBlock(b.name, b.size_bytes, b.page_size) for b in local.values()])
+        here = [RamBlock(b.name, b.size_bytes, b.page_size) for b in local.values()]
+        check_block_list(announced.blocks, here, announced.page_sizes if self._advised else None)
         self._stats.total = announced.total
         for name in names:
             block = local[name]
             if self._advised:
                 self._register(block)
-            await asyncio.to_thread(punch_hole, block.memfd, 0, block.size_bytes)
-            self._arrivals[name] = Arrivals(block)
+            self._arrivals[name] = await asyncio.to_thread(self._make_room, block)
         self._parser.blocks = dict(announced.blocks)
         self.channels.accept(self._parser.blocks, self)
+
+    def _make_room(self, block: RamBlockPort) -> Arrivals:
+        """Have a block ready for what arrives. Memory that is there is kept to be overwritten: new one costs more.
+
+        In postcopy everything has to be missing, and huge pages cannot be given back in part.
+        """
+        arrivals = Arrivals(block)
+        if self._advised or block.page_size > PAGE:
+            punch(block, [(0, block.size_bytes)])
+        else:
+            arrivals.keep(data_extents(block.memfd, 0, block.size_bytes))
+        return arrivals
 
     async def _place_pages(self, run: PageRun) -> None:
         if self._service is None:
@@ -361,36 +391,7 @@ class RamLoad:
             arrivals.block.pages[run.pages] = run.fill
             arrivals.add_pages(run.pages)
         else:
-            if len(stale := arrivals.stale(run.pages)):
-                arrivals.block.pages[stale] = 0
+            if len(stale := arrivals.take_stale(run.pages)):
+                await asyncio.to_thread(make_holes, arrivals.block, stale)
             arrivals.add_holes(run.pages)
         self._stats.duplicate += len(run.pages)
-
-
-def _huge_pages() -> KernelError | None:
-    if (pages := shmem_huge_pages()) not in SHMEM_HUGE_UNASKED:
-        return None
-    return KernelError(
-        "postcopy", errno.EINVAL,
-        f"transparent huge pages would fill memory that has not arrived: shmem_enabled is '{pages}', expected"
-        " 'never' or 'advise' in /sys/kernel/mm/transparent_hugepage",
-        error_id="huge-pages",
-    )  # fmt: skip
-
-
-def _can_wait(mapping: TrackedMapping) -> bool:
-    return mapping.userfault >= 0 and userfault_place.can_serve_missing(mapping.userfault)
-
-
-def _cannot_wait(mapping: TrackedMapping) -> WorkloadError:
-    return WorkloadError(
-        mapping.workload,
-        "it cannot wait for pages (it has no userfaultfd that could tell): postcopy needs one for each"
-        " process. Next: migrate with postcopy-ram off, or run it with the right to use userfaultfd",
-        error_id="userfaultfd-missing",
-    )
-
-
-def _punch(memfd: int, ranges: Sequence[tuple[int, int]]) -> None:
-    for start, length in ranges:
-        punch_hole(memfd, start, length)

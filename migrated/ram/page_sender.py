@@ -74,8 +74,6 @@ class PageSender:
         self._rows: list[memoryview] = []
         self.deltas: Deltas | None = None
         """Where what was sent before is remembered, if it is."""
-        self.pages = chunk_bytes // PAGE
-        """How many pages fit at least."""
 
     def capacity(self, f: OutgoingStream, block: RamBlockPort) -> int:
         """Return how many pages of a block `send` takes."""
@@ -105,7 +103,8 @@ class PageSender:
             raw, some = await self._room_for(f, block, end - first)
             offsets = self._encoder.body_offsets(block.name, some)
             chunk = _Chunk(block, np.arange(first, first + some), raw, offsets)
-            if raw is self._chunk:
+            # Where the holes of huge pages are nobody knows, and to read one in a mapping fills it.
+            if raw is self._chunk or block.page_size > PAGE:
                 _read_run(chunk, 0, self._rows_of(chunk)[:some])
             else:
                 chunk.content[:] = block.pages[first : first + some]

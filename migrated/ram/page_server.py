@@ -70,7 +70,7 @@ class PageServer:
         """Send single pages without waiting for anything; False where something is left to `serve`."""
         while self._requests:
             name, page, end = self._requests.first
-            if end - page > 1:
+            if end - page > 1 or self._unsent.named(name).page_size > PAGE:
                 return False
             self._requests.pop()
             if (record := self._take(self._sender, name, page)) and not f.send_now(record):
@@ -121,13 +121,18 @@ class PageServer:
         """Send everything that is asked for."""
         while self._requests:
             name, first, end = self._requests.pop()
+            if (group := self._unsent.named(name).page_size // PAGE) > 1:
+                for page in range(first // group * group, end, group):
+                    await self._send_host_page(f, sender, self._unsent.named(name), page)
+                continue
             if end - first == 1:
                 f.put_buffer(self._take(sender, name, first))
                 await f.drain()
                 continue
             block = self._unsent.named(name)
-            for start in range(first, end, sender.pages):
-                await self._send_range(f, sender, block, start, min(end, start + sender.pages))
+            step = sender.capacity(f, block)
+            for start in range(first, end, step):
+                await self._send_range(f, sender, block, start, min(end, start + step))
             self._unsent.go_behind(name, end - 1)
         await f.drain()  # of what did not go at once
         self.requested.clear()
@@ -144,6 +149,31 @@ class PageServer:
         if len(data):
             await sender.send(f, block, data)
         await f.drain()
+
+    # -- host pages larger than target pages: all of one, or nothing of it, on this connection ------------------
+
+    async def _send_host_page(self, f: OutgoingStream, sender: PageSender, block: RamBlockPort, page: int) -> None:
+        if (taken := self._unsent.take_host_page(block, page)) is None:
+            return
+        first, end, is_hole = taken
+        self._stats.remaining -= block.page_size
+        self._unsent.go_behind(block.name, end - 1)
+        if is_hole:
+            sender.put_zeros(f, block, np.arange(first, end))
+        else:
+            step = sender.capacity(f, block)
+            for start in range(first, end, step):
+                await sender.send(f, block, np.arange(start, min(end, start + step)))
+        await f.drain()
+
+    async def send_next_host_page(self, f: OutgoingStream, sender: PageSender) -> bool:
+        """Send the next one of the background's block that is not sent; False where there is none behind the cursor."""
+        unsent = self._unsent
+        page = unsent.dirty[unsent.block.name].first_from(unsent.page)
+        if page is None:
+            return False
+        await self._send_host_page(f, sender, unsent.block, page)
+        return True
 
     # -- the background ----------------------------------------------------------------------------------------
 

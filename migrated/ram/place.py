@@ -12,6 +12,10 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
 
 from migrated.errors import WorkloadError
 from migrated.kernel import userfault_place
@@ -20,7 +24,7 @@ from migrated.wire.ram import PAGE
 
 
 def copy_pages(block: RamBlockPort, first: int, source: int, count: int, is_received: Callable[[int], bool]) -> int:
-    """Place ``count`` pages that lie at address ``source`` from page ``first`` on.
+    """Place ``count`` pages, whole host pages, that lie at address ``source`` from page ``first`` on.
 
     ``is_received`` says of a page whether it was before. Return the userfaultfd whose waiters are awake now.
 
@@ -36,6 +40,19 @@ def copy_pages(block: RamBlockPort, first: int, source: int, count: int, is_rece
     return mapping.userfault
 
 
+def place_zeros(fd: int, address: int, page_size: int) -> int:
+    """Place a page of zeros where one was touched; return the errno of an obstacle, 0 without. Raises KernelError."""
+    if page_size == PAGE:
+        return userfault_place.zeropage(fd, address, PAGE).obstacle
+    # There is no zero page of that size.
+    return userfault_place.copy(fd, address, _zeros(page_size).__array_interface__["data"][0], page_size).obstacle
+
+
+@cache
+def _zeros(size: int) -> NDArray[np.uint8]:
+    return np.zeros(size, np.uint8)
+
+
 def _copy(
     block: RamBlockPort,
     mapping: TrackedMapping,
@@ -44,6 +61,7 @@ def _copy(
     count: int,
     is_received: Callable[[int], bool],
 ) -> None:
+    unit = block.page_size // PAGE
     done, step = 0, count
     while done < count:
         page = first + done
@@ -55,10 +73,10 @@ def _copy(
                 continue
             case errno.EEXIST:
                 _check_repeated(block, first + done, is_received(first + done))
-                done += 1
-            case errno.ENOENT if step > 1:
+                done += unit
+            case errno.ENOENT if step > unit:
                 # The range crosses from one mapping into the next (the process split it): page by page, then.
-                step = 1
+                step = unit
             case obstacle:
                 raise WorkloadError(
                     mapping.workload,

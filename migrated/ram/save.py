@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 
 from migrated.errors import RemoteProtocolError, WorkloadError
-from migrated.kernel.memory import data_extents
 from migrated.model.bitmap import PageBitmap
 from migrated.model.stats import DeltaStats, RamStats
 from migrated.ram.deltas import Deltas
 from migrated.ram.dirty import DirtyLog, StrayWrite
+from migrated.ram.holes import split_holes
 from migrated.ram.multifd_save import MultifdSave
 from migrated.ram.page_sender import PageSender
 from migrated.ram.page_server import PageServer
@@ -110,11 +110,12 @@ class RamSave:
         self._stats.page_size = PAGE
         await self._log.start()
         for block in blocks:
-            self._unsent.split(block.name, *await asyncio.to_thread(_split_holes, block))
+            self._unsent.split(block.name, *await asyncio.to_thread(split_holes, block))
         self._update_remaining()
         self._synced(0)
         await self.channels.sync(f)
-        f.put_buffer(encode_block_list([(block.name, block.size_bytes) for block in blocks]))
+        sizes = {block.name: block.page_size for block in blocks if f.advised and block.page_size != PAGE}
+        f.put_buffer(encode_block_list([(block.name, block.size_bytes) for block in blocks], sizes))
 
     async def save_live_pending(self, f: OutgoingStream, opaque: Any, threshold_size: int) -> Pending:
         """Count what is dirty; when that is less than the threshold, or nothing, look again first: then it is exact."""
@@ -164,7 +165,7 @@ class RamSave:
     async def _find_holes(self) -> None:
         self._holes_unknown = False
         for block in self._unsent.blocks:
-            self._unsent.narrow(block.name, *await asyncio.to_thread(_split_holes, block))
+            self._unsent.narrow(block.name, *await asyncio.to_thread(split_holes, block))
 
     @property
     def _only_requests(self) -> bool:
@@ -189,11 +190,12 @@ class RamSave:
         blocks = self._unsent.blocks
         received = await s.received_bitmaps({block.name: block.size_bytes // PAGE for block in blocks})
         for block in blocks:
-            dirty, holes = await asyncio.to_thread(_split_holes, block)
+            dirty, holes = await asyncio.to_thread(split_holes, block)
             arrived = PageBitmap.from_bytes(block.size_bytes // PAGE, received[block.name])
             dirty.subtract(arrived)
             holes.subtract(arrived)
             self._unsent.split(block.name, dirty, holes)
+        self._unsent.widen()
         assert self._server is not None
         self._begin_sending(preempt=self._server.apart)
         self._update_remaining()
@@ -242,6 +244,7 @@ class RamSave:
             return False
         async with self._lock:
             await self._sync()
+        self._unsent.widen()
         for block in self._unsent.blocks:
             self._discarded[block.name] = left = self._unsent.left(block)
             await self._discard(f, block, left)
@@ -264,6 +267,7 @@ class RamSave:
             self._unsent.take_all_for_dirty()  # what the log could say; the holes are looked for once the machine runs
         else:
             await self._sync()
+        self._unsent.widen()
         self._check = asyncio.ensure_future(self._stray_write(clear=self._holes_unknown))
         anything = any(pages.count for pages in self._discarded.values())
         for block in self._unsent.blocks:
@@ -360,6 +364,8 @@ class RamSave:
         unsent, dirty = self._unsent, self._unsent.dirty[block.name]
         limit = self._sender.capacity(f, block)
         if self._server is not None:
+            if block.page_size > PAGE:
+                return await self._server.send_next_host_page(f, self._main_sender)
             limit = self._server.background_pages(limit)
         if (first := dirty.take_run(unsent.page, limit)) is not None:
             unsent.page = first + limit
@@ -387,14 +393,3 @@ async def _either(*events: asyncio.Event) -> None:
     finally:
         for wait in waits:
             wait.cancel()
-
-
-def _split_holes(block: RamBlockPort) -> tuple[PageBitmap, PageBitmap]:
-    """Return (pages with data, holes) of a block as two disjoint bitmaps."""
-    total = block.size_bytes // block.page_size
-    dirty, holes = PageBitmap(total), PageBitmap(total)
-    holes.set_all()
-    for start, end in data_extents(block.memfd, 0, block.size_bytes):
-        dirty.set_range(start // PAGE, -(-end // PAGE))
-        holes.clear_range(start // PAGE, -(-end // PAGE))
-    return dirty, holes

@@ -81,6 +81,28 @@ class Unsent:
         both.or_update(self.holes[block.name])
         return both
 
+    # -- host pages larger than target pages -------------------------------------------------------------------
+
+    def widen(self) -> None:
+        """From now on such pages go whole: what is left of one in part is left of it all."""
+        for block in self.blocks:
+            if (group := block.page_size // PAGE) > 1:
+                dirty, holes = self.dirty[block.name], self.holes[block.name]
+                dirty.widen(group)
+                holes.widen(group)
+                holes.subtract(dirty)
+
+    def take_host_page(self, block: RamBlockPort, page: int) -> tuple[int, int, bool] | None:
+        """Take all of the host page around ``page``: its first page, the one behind it, and whether it is a hole.
+
+        None where it is sent.
+        """
+        group = block.page_size // PAGE
+        first = page // group * group
+        end = first + group
+        hole = self.holes[block.name].clear_range(first, end)
+        return (first, end, bool(hole)) if hole or self.dirty[block.name].clear_range(first, end) else None
+
     # -- the cursor --------------------------------------------------------------------------------------------
 
     def rewind(self) -> None:

@@ -47,12 +47,15 @@ class RamBlockPort(Protocol):
     @property
     def size_bytes(self) -> int: ...
     @property
-    def page_size(self) -> int: ...
+    def page_size(self) -> int:
+        """What it consists of at this host: 4096, or huge pages. All else is counted in target pages of 4096 bytes."""
+        ...
+
     @property
     def memfd(self) -> int: ...
     @property
     def pages(self) -> NDArray[np.uint8]:
-        """The daemon's own mapping, shape (size_bytes // page_size, page_size). Reading a hole allocates it."""
+        """The daemon's own mapping, shape (size_bytes // 4096, 4096). Reading a hole allocates it."""
         ...
 
     @property
@@ -174,8 +177,10 @@ class MachinePort(Protocol):
 class PostcopyLoadPort(Protocol):
     """The destination's RAM in postcopy. Everything is called from the event loop."""
 
-    def advise(self) -> None:
+    def advise(self, page_sizes: int) -> None:
         """Postcopy may follow: catch touches of missing pages from now on. After load_setup, before the blocks.
+
+        ``page_sizes``: all those of the source's blocks, or-ed together.
 
         Raises WorkloadError or KernelError where this host cannot do it.
         """

@@ -16,7 +16,9 @@ from migrated.model.stats import BandwidthMeter
 from migrated.stream.checksum import CHECKSUM_BYTES, Checksum
 from migrated.transport.channel import Channel, LendsRoom, SocketChannel
 from migrated.wire.command import Command, encode_command
+from migrated.wire.postcopy import encode_advise
 from migrated.wire.primitives import encode_counted_string
+from migrated.wire.ram import PAGE
 from migrated.wire.section import (
     EOF_BYTE,
     Configuration,
@@ -63,11 +65,18 @@ class OutgoingStream:
         self._body_start = 0
         self._described: Mapping[str, Any] = {}
         self._full_sections: list[DeviceEntry] = []
+        self.advised = False
+        """The other end was told that postcopy may follow: block lists say of what size pages are."""
 
     @property
     def position(self) -> int:
         """Bytes put so far, sent or not."""
         return self._flushed + len(self._buffer)
+
+    def put_advise(self, page_sizes: int) -> None:
+        """Say that postcopy may follow; ``page_sizes`` are those of all blocks, or-ed together."""
+        self.advised = True
+        self.put_buffer(encode_advise(page_sizes or PAGE, PAGE))
 
     # -- the contract's puts -----------------------------------------------------------------------------------
 

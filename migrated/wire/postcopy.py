@@ -67,14 +67,17 @@ def parse_advise(payload: bytes) -> Advise | None:
 
 
 def check_advise(advise: Advise | None, local: Advise | None) -> None:
-    """Raise RemoteProtocolError unless the source's advice fits what is here; None = no postcopy of RAM."""
+    """Raise RemoteProtocolError unless the source's advice fits what is here; None = no postcopy of RAM.
+
+    ``local`` has the page sizes that blocks can have here: which one has which is seen when they are announced.
+    """
     if advise is None:
         if local is not None:
             raise _refuse("RAM postcopy is enabled but have 0 byte advise")
         return
     if local is None:
         raise _refuse("RAM postcopy is disabled but have 16 byte advise")
-    if advise.page_size_summary != local.page_size_summary:
+    if not advise.page_size_summary or advise.page_size_summary & ~local.page_size_summary:
         sizes = f"s={advise.page_size_summary:x} d={local.page_size_summary:x}"
         raise _refuse(f"Postcopy needs matching RAM page sizes ({sizes})")
     if advise.page_size != local.page_size:

@@ -76,10 +76,14 @@ EOS = encode_be64(Flag.EOS)
 
 @dataclass(frozen=True, slots=True)
 class BlockList:
-    """The sender's RAM blocks as (name, length in bytes), in its order; the lengths add up to ``total``."""
+    """The sender's RAM blocks as (name, length in bytes), in its order; the lengths add up to ``total``.
+
+    ``page_sizes`` are those of blocks that do not consist of target pages, as far as the list says so.
+    """
 
     total: int
     blocks: tuple[tuple[str, int], ...]
+    page_sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -135,7 +139,9 @@ class PageRecord(NamedTuple):
 class RamParser:
     """Reads section bodies of one connection out of a buffer that the caller fills.
 
-    ``blocks`` maps the names that page records may use to their lengths; a block list in the stream replaces it.
+    ``blocks`` maps the names that page records may use to their lengths; a block list in the stream replaces it. With
+    ``says_page_sizes`` that list says behind a length what a block consists of, if those are not target pages (a source
+    with huge pages that advised of postcopy).
     """
 
     def __init__(self, blocks: Mapping[str, int]) -> None:
@@ -143,6 +149,7 @@ class RamParser:
         self._block: str | None = None
         self._list: _BlockListParser | None = None
         self._listed = False
+        self.says_page_sizes = False
 
     def parse(self, buf: memoryview) -> tuple[list[RamEvent], int]:
         """Parse the whole records in ``buf``; return what they say and how many bytes they have.
@@ -200,7 +207,7 @@ class RamParser:
                 return EndOfSection(), at + WORD_BYTES
             case Flag.MEM_SIZE if flags == Flag.MEM_SIZE and not self._listed:
                 self._listed = True
-                self._list = _BlockListParser(word - flags)
+                self._list = _BlockListParser(word - flags, says_page_sizes=self.says_page_sizes)
                 return None, at + WORD_BYTES
             case Flag.XBZRLE:
                 return self._delta(buf, at, word)
@@ -210,11 +217,13 @@ class RamParser:
                 raise _refusal(f"Unknown combination of migration flags: {flags:#x}")
 
     def _next_block(self, blocks: _BlockListParser, buf: memoryview, at: int) -> tuple[RamEvent | None, int]:
+        if (behind := blocks.parse_page_size(buf, at)) > at:
+            return None, behind
         if blocks.missing:
             return None, blocks.parse_one(buf, at)
         self._list = None
         self.blocks = dict(blocks.found)
-        return BlockList(blocks.total, tuple(blocks.found.items())), at
+        return BlockList(blocks.total, tuple(blocks.found.items()), blocks.page_sizes), at
 
     # -- page records ------------------------------------------------------------------------------------------
 
@@ -278,10 +287,29 @@ class RamParser:
 class _BlockListParser:
     """A block list on its way in: it may be longer than the buffer."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, *, says_page_sizes: bool) -> None:
         self.total = total
         self.missing = total
         self.found: dict[str, int] = {}
+        self.page_sizes: dict[str, int] = {}
+        self._says_page_sizes = says_page_sizes
+
+    def parse_page_size(self, buf: memoryview, at: int) -> int:
+        """Parse what the last block consists of, if that is said, and return the position behind it.
+
+        A word without flags: the next name is not empty, and every record has flags.
+        """
+        if not self._says_page_sizes or not self.found:
+            return at
+        if len(buf) <= at:
+            raise _ShortBufferError
+        if buf[at] or (word := _word(buf, at)) & _FLAGS_MASK:
+            return at
+        name = next(reversed(self.found))
+        if name in self.page_sizes or not word or word & word - 1 or self.found[name] % word:
+            raise _refusal(f"bad page size of RAM block '{name}'", expected="a power of two", found=f"{word:#x}")
+        self.page_sizes[name] = word
+        return at + WORD_BYTES
 
     def parse_one(self, buf: memoryview, at: int) -> int:
         """Parse one entry and return the position behind it."""

@@ -6,7 +6,7 @@ touches a record alone only where there is a single one. Format: `wire.ram`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -32,8 +32,12 @@ from migrated.wire.ram import (
 _ZERO_RECORD = np.dtype([("word", WORD), ("fill", np.uint8)])
 
 
-def encode_block_list(blocks: Sequence[tuple[str, int]]) -> bytes:
-    """Encode the setup body: all blocks as (name, length in bytes), then EOS."""
+def encode_block_list(blocks: Sequence[tuple[str, int]], page_sizes: Mapping[str, int] | None = None) -> bytes:
+    """Encode the setup body: all blocks as (name, length in bytes), then EOS.
+
+    ``page_sizes`` are those to be told: of blocks that do not consist of target pages, where postcopy was advised.
+    """
+    told = page_sizes or {}
     if len({name for name, _ in blocks}) != len(blocks):
         raise LocalProtocolError("two RAM blocks have one name")
     parts = [encode_be64(sum(length for _, length in blocks) | Flag.MEM_SIZE)]
@@ -41,6 +45,7 @@ def encode_block_list(blocks: Sequence[tuple[str, int]]) -> bytes:
         if not name or length <= 0 or length % PAGE:
             raise LocalProtocolError(f"RAM block '{name}' of {length} bytes cannot be announced")
         parts += [encode_counted_string(name), encode_be64(length)]
+        parts += [encode_be64(told[name])] if name in told else []
     return b"".join([*parts, EOS])
 
 

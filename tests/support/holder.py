@@ -46,13 +46,13 @@ class Device:
 class Holder:
     """Everything this process has of the machine."""
 
-    def __init__(self, machine: Machine, blocks: list[str], devices: list[str]) -> None:
+    def __init__(self, machine: Machine, blocks: list[str], devices: list[str], *, huge_pages: bool) -> None:
         self._machine = machine
         self._stopped = threading.Event()
         self._blocks = {}
         for text in blocks:
             name, _, size = text.rpartition(":")
-            self._blocks[name] = machine.ram(name, int(size))
+            self._blocks[name] = machine.ram(name, int(size), huge_pages=huge_pages)
         self._devices = {}
         for text in devices:
             name, _, size = text.rpartition(":")
@@ -107,10 +107,11 @@ def main() -> None:
     parser.add_argument("--attach", required=True, help="path of the daemon's attach socket")
     parser.add_argument("--name", default="holder")
     parser.add_argument("--block", action="append", default=[], metavar="NAME:BYTES")
+    parser.add_argument("--huge-pages", action="store_true")
     parser.add_argument("--device", action="append", default=[], metavar="NAME:BYTES")
     arguments = parser.parse_args()
     with attach(arguments.attach, name=arguments.name) as machine:
-        holder = Holder(machine, arguments.block, arguments.device)
+        holder = Holder(machine, arguments.block, arguments.device, huge_pages=arguments.huge_pages)
         machine.ready()
         tell("ready")
         holder.obey()

@@ -62,12 +62,17 @@ class HoldingSite:
         parameters: Mapping[str, object] | None = None,
         attach_timeout_s: float = 30,
         config: str = "",
+        huge_pages: bool = False,
+        launcher: Sequence[str] = (),
     ) -> None:
         self.name = name
         self.directory = directory / name
         self.directory.mkdir()
         self._blocks = blocks or {}
         self._devices = devices or {}
+        self._huge_pages = huge_pages
+        self._launcher = list(launcher)
+        """What the holder is started through; it has to become the holder."""
         self._config = CONFIG.format(
             name=name,
             machine_type=machine_type,
@@ -108,8 +113,9 @@ class HoldingSite:
             self._start_holder()
 
     def _start_holder(self) -> None:
-        command = [sys.executable, "-m", "tests.support.holder", "--name", f"holder-{self.name}"]
+        command = [*self._launcher, sys.executable, "-m", "tests.support.holder", "--name", f"holder-{self.name}"]
         command += ["--attach", str(self.directory / "run" / "attach.sock")]
+        command += ["--huge-pages"] if self._huge_pages else []
         for option, things in (("--block", self._blocks), ("--device", self._devices)):
             for name, size in things.items():
                 command += [option, f"{name}:{size}"]

@@ -181,8 +181,8 @@ def _postcopy_cases() -> Iterator[Case]:
     wrong = "in wrong postcopy state"
     yield after_lead("advise of nothing", advise(), "RAM postcopy is enabled but have 0 byte advise")
     yield after_lead("short advise", advise(PAGE), "CMD_POSTCOPY_ADVISE invalid length (8)")
-    sizes = "Postcopy needs matching RAM page sizes (s=201000 d=1000)"
-    yield after_lead("advise of huge pages", advise(0x201000, PAGE), sizes)
+    sizes = "Postcopy needs matching RAM page sizes (s=40201000 d=201000)"
+    yield after_lead("advise of huge pages", advise(0x40201000, PAGE), sizes)
     sizes = "Postcopy needs matching target page sizes (s=8192 d=4096)"
     yield after_lead("advise of other pages", advise(PAGE, 2 * PAGE), sizes)
     yield after_lead("advise twice", good + good, f"CMD_POSTCOPY_ADVISE {wrong} (1)", "expected NONE", "found ADVISE")

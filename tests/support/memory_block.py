@@ -28,10 +28,10 @@ class Block:
 
 
 @contextmanager
-def memory_block(pages: int, name: str = "heap") -> Iterator[Block]:
-    """Have a block of zeros inside the ``with`` block."""
-    memfd = create_memfd(name, pages * PAGE)
+def memory_block(pages: int, name: str = "heap", page_size: int = PAGE) -> Iterator[Block]:
+    """Have a block of zeros inside the ``with`` block; ``pages`` are target pages."""
+    memfd = create_memfd(name, pages * PAGE, page_size)
     mapping = Mapping(memfd, pages * PAGE)
-    yield Block(memfd, np.frombuffer(mapping.view, np.uint8).reshape(pages, PAGE), name, pages * PAGE)
+    yield Block(memfd, np.frombuffer(mapping.view, np.uint8).reshape(pages, PAGE), name, pages * PAGE, page_size)
     mapping.close()
     os.close(memfd)

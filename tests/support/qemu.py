@@ -31,7 +31,8 @@ ENDED = frozenset({"completed", "failed", "cancelled"})
 class Qemu:
     """One ``-M none`` QEMU with one RAM block. ``ram`` is what the block holds at the start.
 
-    ``memory``: file (the only one that takes ``ram``) | memfd | anonymous | default (anonymous, and called "ram").
+    ``memory``: file (the only one that takes ``ram``) | memfd | huge (a memfd in huge pages) | anonymous | default
+    (anonymous, and called "ram").
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Qemu:
         backend = {
             "file": f"memory-backend-file,mem-path={self.ram_path},share=on",
             "memfd": "memory-backend-memfd,share=on",
+            "huge": "memory-backend-memfd,share=on,hugetlb=on,hugetlbsize=2M",
             "anonymous": "memory-backend-ram",
         }[self._memory]
         return ["-M", f"none,memory-backend={self._block}", "-object", f"{backend},id={self._block},size={self.size}"]

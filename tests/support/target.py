@@ -33,9 +33,11 @@ class Target:
 
     def settle(self) -> None:
         """Take a machine in and send it away; from now on the daemon has all that it makes once and keeps."""
-        # Scattered pages, written and emptied again: the daemon maps the blocks.
+        # Pages, one with a delta, which are emptied again: the daemon maps the blocks.
         scattered = b"".join(
-            craft.record(craft.WHOLE, name, b"x" * craft.PAGE) + craft.pages(name, bytes(size))
+            craft.record(craft.WHOLE, name, b"x" * craft.PAGE)
+            + craft.record(craft.DELTA, name, b"\1\0\3\5\1y")
+            + craft.pages(name, bytes(size))
             for name, size in BLOCKS.items()
         )
         visit(self.port, LEAD + RAM + craft.ram_part(scattered) + TAIL + craft.EOF + craft.description(), end=True)

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from migrated.daemon.site import RESERVATION, RESERVED_FOR_S, HostSite
+from migrated.kernel.huge_pages import HUGE_PAGE_SIZE
 from migrated.kernel.memory import create_memfd
 from migrated.machine.block import MachineBlock
+from tests.support.huge_pages import huge_pages
 
 GIB = 1 << 30
 
@@ -80,6 +82,22 @@ def test_holes_are_not_used(tmp_path: Path, clock: Clock) -> None:
     os.pwrite(memfd, b"x", 4096)
     assert here.used_bytes(block) == 4096
     os.close(memfd)
+
+
+def test_huge_pages_are_reserved_or_what_is_missing_is_said(tmp_path: Path, clock: Clock) -> None:
+    size = 4 * HUGE_PAGE_SIZE
+    memfds = [create_memfd("heap", size, HUGE_PAGE_SIZE) for _ in range(2)]
+    blocks = tuple(MachineBlock(f"heap{number}", size, memfd) for number, memfd in enumerate(memfds))
+    here = site(tmp_path, "a", clock, blocks)
+    before = here.free_bytes()
+    with huge_pages(6):
+        (obstacle,) = here.huge_page_obstacles()
+        assert "RAM block heap1" in str(obstacle)
+        assert "expected 4, found 2 free" in str(obstacle)
+        assert obstacle.error_id == "huge-pages-short"
+        assert abs(here.free_bytes() - before) < GIB, "they are no part of what else is free"
+    for memfd in memfds:
+        os.close(memfd)
 
 
 def test_a_directory_that_can_be_written_is_no_obstacle(tmp_path: Path, clock: Clock) -> None:

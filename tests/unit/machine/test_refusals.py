@@ -14,6 +14,7 @@ import pytest
 
 from migrated.errors import CommandError
 from migrated.kernel import memory, userfault
+from migrated.kernel.huge_pages import HUGE_PAGE_SIZE
 from migrated.kernel.memory import PAGE_SIZE
 from migrated.machine.attach import MAX_WORKLOADS, AttachServer
 from migrated.machine.declarations import MAX_BLOCKS, MAX_DEVICES
@@ -301,7 +302,8 @@ async def test_what_could_be_a_second_copy(
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"page_size": 2 << 20}, "page_size, expected 4096, found 2097152"),
+        ({"page_size": 1 << 30}, "page_size, expected 4096 or 2097152, found 1073741824"),
+        ({"page_size": 2 << 20}, f"address and size in multiples of 2097152, found {SIZE} bytes"),
         ({"size": 100}, "not made of whole pages"),
         ({"size": 0}, "no block 'heap' exists"),
     ],
@@ -477,6 +479,9 @@ with attach(name="owner") as machine:
         assert (
             "exists with another size, expected 65536 bytes, found 131072" in (await offer(raw, size=2 * SIZE))["error"]
         )
+        whole = HUGE_PAGE_SIZE
+        answer = await offer(raw, size=SIZE, page_size=whole)
+        assert f"exists with pages of another size, expected {PAGE_SIZE} bytes, found {whole}" in answer["error"]
         assert await offer(raw, size=0) == {"type": "block", "id": 1, "exists": True, "size": SIZE}
         mine = Block()
         answer = await raw.ask(request_map(mine), [mine.memfd])

@@ -49,6 +49,9 @@ FACTS = Facts(
     expected=("cpu/0",),
     free_bytes=8192,
 )
+#: Huge pages are no part of what else is free.
+HUGE_FACTS = replace(FACTS, blocks={"heap": LocalBlock(2 << 20, 2 << 20)})
+SHORT = KernelError("mmap", errno.ENOMEM, "not enough huge pages", error_id="huge-pages-short")
 HUGE = KernelError("postcopy", errno.EINVAL, "shmem_enabled is 'always'", error_id="huge-pages")
 BLIND = WorkloadError("w", "it cannot wait. Next: give it the right", error_id="userfaultfd-missing")
 FULL = KernelError("statvfs", errno.ENOSPC, "0 bytes are free", error_id="state-disk-full")
@@ -103,6 +106,8 @@ INACTIVE = SectionNeed("cpu", 0, 9, live=False, active=False)
         (needs(parameters={"x-migrated-silence-timeout": 0}), FACTS, ["parameter-refused"]),
         (needs(parameters={"colour": "red"}), FACTS, []),
         (NEEDS, replace(FACTS, free_bytes=8191), ["memory-short"]),
+        (needs(blocks=[BlockNeed("heap", 2 << 20, 2 << 20, 2 << 20)]), HUGE_FACTS, []),
+        (NEEDS, replace(FACTS, huge_pages=[SHORT]), ["huge-pages-short"]),
         (NEEDS, replace(FACTS, record=[FULL]), ["state-disk-full"]),
         (NEEDS, replace(FACTS, postcopy=[HUGE, BLIND]), []),
         (POSTCOPY, replace(FACTS, postcopy=[HUGE, BLIND]), ["huge-pages", "userfaultfd-missing"]),

@@ -180,6 +180,39 @@ def test_a_run_far_away() -> None:
     assert bitmap.take_run(0, 1) is None
 
 
+def test_groups_that_have_one_page_have_all() -> None:
+    bitmap = PageBitmap(2048)
+    bitmap.set(513)
+    bitmap.set_range(1535, 1537)
+    bitmap.widen(512)
+    assert bitmap.count == 3 * 512
+    starts, ends = bitmap.ranges()
+    assert (starts.tolist(), ends.tolist()) == ([512], [2048])
+    bitmap.clear_all()
+    bitmap.widen(512)
+    assert bitmap.count == 0
+
+
+@given(st.sets(st.integers(0, 299)), st.sets(st.integers(0, 299)))
+def test_pages_that_are_cleared_in_one_go(had: set[int], cleared: set[int]) -> None:
+    bitmap = PageBitmap(300)
+    bitmap.set_pages(array(*had))
+    assert bitmap.clear_pages(array(*sorted(cleared))) == len(had & cleared)
+    assert bitmap.count == len(had - cleared)
+    assert set(bitmap.take(0, 300)[0].tolist()) == had - cleared
+    with pytest.raises(IndexError):
+        bitmap.clear_pages(array(300))
+
+
+def test_the_first_page_from_somewhere() -> None:
+    bitmap = PageBitmap(1000)
+    assert bitmap.first_from(0) is None
+    bitmap.set(70)
+    assert (bitmap.first_from(0), bitmap.first_from(70), bitmap.first_from(71), bitmap.first_from(1000)) == (
+        70, 70, None, None,
+    )  # fmt: skip
+
+
 def test_many_single_page_ranges() -> None:
     bitmap = PageBitmap(262144)
     starts = np.arange(131072) * 2

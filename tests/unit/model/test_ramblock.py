@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from migrated.errors import RemoteProtocolError
-from migrated.model.ramblock import RamBlock, check_block_list
+from migrated.model.ramblock import RamBlock, check_block_list, page_size_summary
 
 LOCAL = [RamBlock("heap", 1 << 20), RamBlock("rom", 8192)]
 
@@ -51,6 +51,23 @@ def test_all_problems_are_named() -> None:
     )
     assert error.section == "ram"
     assert error.expected == "blocks heap (0x100000), rom (0x2000)"
+
+
+PAGE_SIZES = [RamBlock("heap", 4 << 20, 2 << 20), RamBlock("rom", 8192)]
+
+
+def test_page_sizes_are_compared_where_they_are_said() -> None:
+    check_block_list([("heap", 4 << 20)], PAGE_SIZES)
+    check_block_list([("heap", 4 << 20), ("rom", 8192)], PAGE_SIZES, {"heap": 2 << 20})
+    with pytest.raises(RemoteProtocolError, match=r"Mismatched RAM page size heap \(local\) 2097152 != 4096"):
+        check_block_list([("heap", 4 << 20)], PAGE_SIZES, {})
+    with pytest.raises(RemoteProtocolError, match=r"Mismatched RAM page size rom \(local\) 4096 != 2097152"):
+        check_block_list([("rom", 8192)], PAGE_SIZES, {"rom": 2 << 20})
+
+
+def test_a_summary_has_every_page_size() -> None:
+    assert page_size_summary([]) == 0
+    assert page_size_summary(block.page_size for block in PAGE_SIZES) == 0x201000
 
 
 def test_nothing_declared_here() -> None:

@@ -71,6 +71,7 @@ HERE = Advise(0x1000, 0x1000)
         (None, HERE, "RAM postcopy is enabled but have 0 byte advise"),
         (HERE, None, "RAM postcopy is disabled but have 16 byte advise"),
         (Advise(0x201000, 0x1000), HERE, "Postcopy needs matching RAM page sizes (s=201000 d=1000)"),
+        (Advise(0, 0x1000), HERE, "Postcopy needs matching RAM page sizes (s=0 d=1000)"),
         (Advise(0x1000, 0x4000), HERE, "Postcopy needs matching target page sizes (s=16384 d=4096)"),
     ],
 )
@@ -83,6 +84,8 @@ def test_advice_that_does_not_fit(there: Advise | None, here: Advise | None, tex
 def test_advice_that_fits() -> None:
     postcopy.check_advise(HERE, Advise(0x1000, 0x1000))
     postcopy.check_advise(None, None)
+    for sizes in (0x1000, 0x200000, 0x201000):
+        postcopy.check_advise(Advise(sizes, 0x1000), Advise(0x201000, 0x1000))
 
 
 # -- discard ---------------------------------------------------------------------------------------------------

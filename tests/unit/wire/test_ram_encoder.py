@@ -52,6 +52,16 @@ def test_block_list_bytes() -> None:
     )  # fmt: skip
 
 
+def test_block_list_with_a_page_size() -> None:
+    """Only of blocks that do not consist of target pages, behind their length."""
+    assert encode_block_list([("mem0", 0x400000), ("rom", 0x1000)], {"mem0": 0x200000}) == (
+        bytes.fromhex("0000000000401004")
+        + b"\x04mem0" + bytes.fromhex("0000000000400000 0000000000200000")
+        + b"\x03rom" + bytes.fromhex("0000000000001000")
+        + EOS
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "blocks", [[("", PAGE)], [("a", 0)], [("a", -PAGE)], [("a", 100)], [("a", PAGE), ("a", PAGE)], [("x" * 256, PAGE)]]
 )

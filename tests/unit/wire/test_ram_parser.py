@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 
 import numpy as np
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from migrated.errors import RemoteProtocolError
 from migrated.wire import ram
 from migrated.wire.ram import EOS, PAGE, BlockList, EndOfSection, Flag, PageDelta, PageRun, RamEvent, RamParser, ZeroRun
-from migrated.wire.ram_encoder import RamEncoder
+from migrated.wire.ram_encoder import RamEncoder, encode_block_list
 from tests.support.ram_records import page_run
 from tests.unit.wire.captures import CONTENT, PAGES, STREAM
 from tests.unit.wire.cuts import CUTS, cut, single_bytes
@@ -267,6 +267,39 @@ def test_block_list_replaces_the_blocks() -> None:
     parser.blocks = {}
     with pytest.raises(RemoteProtocolError, match="Can't find block new"):
         parser.parse(memoryview(zero(0)))
+
+
+HUGE = 2 << 20
+
+
+def page_sizes_parser() -> RamParser:
+    parser = RamParser({})
+    parser.says_page_sizes = True
+    return parser
+
+
+@pytest.mark.parametrize("pieces", [lambda raw: [raw], single_bytes])
+def test_block_list_with_page_sizes(pieces: Callable[[bytes], Iterable[bytes]]) -> None:
+    blocks = [("mem0", 2 * HUGE), ("rom", PAGE), ("mem1", HUGE)]
+    raw = encode_block_list(blocks, {"mem0": HUGE, "mem1": HUGE})
+    listed = BlockList(3 * HUGE + PAGE, tuple(blocks), {"mem0": HUGE, "mem1": HUGE})
+    assert parse(pieces(raw), page_sizes_parser()) == [listed, EndOfSection()]
+    raw = encode_block_list(blocks[:2], {"mem0": HUGE}) + zero(511, "mem0")
+    listed = BlockList(2 * HUGE + PAGE, tuple(blocks[:2]), {"mem0": HUGE})
+    assert parse(pieces(raw), page_sizes_parser()) == [listed, EndOfSection(), ("mem0", 511, 0)]
+    assert parse(pieces(encode_block_list([])), page_sizes_parser()) == [BlockList(0, ()), EndOfSection()]
+
+
+@pytest.mark.parametrize("said", [[0], [3 << 12], [4 * HUGE], [HUGE, HUGE]], ids=["none", "odd", "too large", "twice"])
+def test_page_sizes_that_cannot_be(said: list[int]) -> None:
+    raw = block_list(1024, [(b"mem0", 2 * HUGE)]) + b"".join(struct.pack(">Q", size) for size in said) + EOS
+    with pytest.raises(RemoteProtocolError, match="bad page size of RAM block 'mem0'"):
+        parse([raw], page_sizes_parser())
+
+
+def test_a_page_size_nobody_advised_of_is_refused() -> None:
+    raw = encode_block_list([("mem0", 2 * HUGE), ("mem1", HUGE)], {"mem0": HUGE})
+    assert refusal(raw, {}) == "bad name in the block list"
 
 
 def test_block_list_longer_than_any_buffer() -> None:
