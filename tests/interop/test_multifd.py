@@ -14,6 +14,7 @@ from tests.support.qemu import BLOCK, MakeQemu, Qemu
 
 SLOW_BPS = 1 << 20
 COMPRESSION = pytest.mark.parametrize("compression", ["zlib", "zstd"])
+PACKED = pytest.mark.parametrize(("channels", "level"), [(1, 1), (2, 1), (2, 9), (4, 1)])
 CHANNELS = pytest.mark.parametrize("channels", [1, 2, 4])
 
 
@@ -63,10 +64,10 @@ def test_to_a_qemu(channels: int, site: HoldingSite, make_qemu: MakeQemu) -> Non
 
 
 @COMPRESSION
-@pytest.mark.parametrize("level", [1, 9])
-def test_packed_from_a_qemu(compression: str, level: int, source: Qemu, make_site: MakeSite) -> None:
+@PACKED
+def test_packed_from_a_qemu(compression: str, channels: int, level: int, source: Qemu, make_site: MakeSite) -> None:
     site = make_site("site")
-    speak_multifd(2, source, site, compression=compression)
+    speak_multifd(channels, source, site, compression=compression)
     source.parameter(f"multifd-{compression}-level", level)
     source.migrate(site.address)
     site.wait_status("completed")
@@ -74,10 +75,10 @@ def test_packed_from_a_qemu(compression: str, level: int, source: Qemu, make_sit
 
 
 @COMPRESSION
-@pytest.mark.parametrize("level", [1, 9])
-def test_packed_to_a_qemu(compression: str, level: int, site: HoldingSite, make_qemu: MakeQemu) -> None:
+@PACKED
+def test_packed_to_a_qemu(compression: str, channels: int, level: int, site: HoldingSite, make_qemu: MakeQemu) -> None:
     target = make_qemu("target", incoming="defer", ram=content(9))
-    speak_multifd(2, site, target, compression=compression)
+    speak_multifd(channels, site, target, compression=compression)
     site.parameter(f"multifd-{compression}-level", level)
     ours = site.migrate(target.listen())
     target.wait_status({"completed"})
