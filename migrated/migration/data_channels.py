@@ -56,38 +56,35 @@ class DataChannels:
     async def open_first(self, dial: Dial, *, resumes: bool) -> None:
         """Dial what comes right behind the main connection. Raises what ``dial`` raises, ChannelError, CommandError."""
         if self.wanted and not resumes:
-            await self._open(dial, known=False)
+            await self._open(dial)
         elif self._preempts:
             # A 7.2 expects it right behind the first: the order says which is which.
             self.urgent = await dial()
 
     async def open_rest(self, dial: Dial, verdict: Verdict, *, channels: bool) -> bool:
-        """Dial what only a destination that knows what comes can tell apart; True where that are channels with pages.
+        """Dial what only a destination that knows what comes can tell apart; True where there are channels with pages.
 
         Raises as `open_first` does.
         """
-        opens = channels and not self._channels
-        if opens:
-            await self._open(dial, known=True)
+        if channels and not self._channels:
+            await self._open(dial)
+        if self._channels:
+            method, level = self._packing(verdict.kind)
+            self._host.multifd_save.begin(self._channels, METHODS[method], level)
         if self._preempts and self.urgent is None:
             self.urgent = await dial()
         elif self.urgent is not None and verdict.answer is not None and not verdict.answer.preempt:
             # It was refused: only now does the destination know that it carries requested pages.
             self.urgent.abort()
             self.urgent = await dial()
-        return opens
-
-    @property
-    def are_open(self) -> bool:
-        """True once those with pages are dialled."""
         return bool(self._channels)
 
     @property
     def _preempts(self) -> bool:
         return all(map(self._host.settings.enabled, ("postcopy-ram", "postcopy-preempt")))
 
-    async def _open(self, dial: Dial, *, known: bool) -> None:
-        """Dial as many as there are to be, and say on each which it is. ``known``: this peer takes what is chosen."""
+    async def _open(self, dial: Dial) -> None:
+        """Dial as many as there are to be, and say on each which it is."""
         settings, uuid = self._host.settings, self._host.machine.uuid
         raw = bytes.fromhex(uuid.replace("-", "")) if uuid else NO_UUID
         for number in range(settings.parameters.integer("multifd-channels")):
@@ -98,11 +95,14 @@ class DataChannels:
             self._channels.append(channel)
             channel.silence_timeout_s = settings.silence_timeout_s()
             await channel.send(encode_initial(Initial(number, raw)))
-        method = str(settings.parameters.get("multifd-compression"))
-        if method == AUTO and not known:
-            method = "none"  # it may be a QEMU, which has no such thing
-        level = settings.parameters.integer(LEVELS[method]) if method in LEVELS else 0
-        self._host.multifd_save.begin(self._channels, METHODS[method], level)
+
+    def _packing(self, kind: PeerKind) -> tuple[str, int]:
+        """Return how pages are packed for a peer of this kind, and how hard that tries."""
+        parameters = self._host.settings.parameters
+        method = str(parameters.get("multifd-compression"))
+        if method == AUTO and kind is not PeerKind.MIGRATED:
+            method = "none"  # a QEMU has no such thing
+        return method, parameters.integer(LEVELS[method]) if method in LEVELS else 0
 
     def check_peer(self, kind: PeerKind) -> None:
         """Raise CommandError where what the capabilities promise would be the end of the peer."""

@@ -238,8 +238,6 @@ class OutgoingMigration:
                 if not self._postcopy.committed:
                     self._host.machine.watch()
                     self._watch(self._host.machine.lost())
-                    if self._pages.are_open:
-                        self._watch(self._host.multifd_save.run())
                 reader = self._open_return_path(channel, group) if channel.has_return_path else None
                 try:
                     await phases(f, channel)

@@ -123,9 +123,11 @@ def test_packed(compression: str, tmp_path: Path) -> None:
         assert 0 < figures["ram"]["multifd-bytes"] < len(CONTENT) / 2
 
 
-def test_packed_where_that_pays(tmp_path: Path) -> None:
-    """Without `multifd`: the channels between two daemons. The rate limit makes a slow network of this one."""
+@pytest.mark.parametrize("multifd", [False, True])
+def test_packed_where_that_pays(multifd: bool, tmp_path: Path) -> None:
+    """The rate limit makes a slow network of this one."""
     with holders(tmp_path) as (a, b):
+        a.capability("multifd", state=multifd)
         a.parameter("multifd-compression", "auto")
         a.parameter("max-bandwidth", 4 * MIB)
         figures = a.migrate(b.address)
