@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from migrated.errors import ChannelClosed, ChannelError, ChannelTimeout, MigratedError
 from migrated.migration.data_arrivals import DataArrivals
@@ -49,7 +50,7 @@ class Reception:
         self._second: Channel | None = None
         """The connection for requested pages of a migration that has not begun yet."""
         self._main: asyncio.Future[Channel] | None = None
-        """While a channel with pages is here and its machine is not."""
+        """While the connection of the machine is not known."""
         self._first_known = asyncio.Event()
         """Set once it is known what the first of these connections is."""
 
@@ -58,10 +59,7 @@ class Reception:
         self._begun.clear()
         self._first_known.clear()
         try:
-            main = channel
-            begins = await self._beginning(channel, self._host.settings.silence_timeout_s())
-            if begins == FIRST_BYTE and isinstance(channel, SocketChannel):
-                main = await self._main_behind(channel)
+            main = await self._main_of(channel)
             self._first_known.set()
             try:
                 await self._receive(main, self._arrivals)
@@ -77,11 +75,26 @@ class Reception:
                 self._second.abort()
                 self._second = None
 
-    async def _main_behind(self, channel: SocketChannel) -> Channel:
-        """Seat a channel that came before its machine, and return the connection of that. Raises ChannelError."""
+    async def _main_of(self, channel: Channel) -> Channel:
+        """Return the connection of the machine: this one, or one that came behind it. Raises ChannelError."""
         main: asyncio.Future[Channel] = asyncio.get_running_loop().create_future()
         self._main = main
-        self._first_known.set()
+        beginning = asyncio.ensure_future(self._beginning(channel, self._host.settings.silence_timeout_s()))
+        try:
+            either: set[asyncio.Future[Any]] = {beginning, main}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not beginning.done() and self.take(channel):
+                return main.result()  # under TLS the one that was made first may come in last
+            if await beginning == FIRST_BYTE and isinstance(channel, SocketChannel):
+                self._first_known.set()
+                return await self._main_behind(channel, main)
+            return channel
+        finally:
+            beginning.cancel()
+            self._main = None
+
+    async def _main_behind(self, channel: SocketChannel, main: asyncio.Future[Channel]) -> Channel:
+        """Seat a channel that came before its machine, and return the connection of that. Raises ChannelError."""
         limit_s = self._host.settings.silence_timeout_s()
         try:
             await self._arrivals.seat(channel)
@@ -91,8 +104,6 @@ class Reception:
             if main.done() and not main.cancelled():
                 return main.result()  # at the last moment
             raise ChannelTimeout(f"no machine behind its multifd channel within {limit_s:g} s") from error
-        finally:
-            self._main = None
 
     def take(self, channel: Channel) -> bool:
         """Sort a connection that comes while another one of the same peer is here; False where there are too many."""
@@ -107,11 +118,12 @@ class Reception:
         try:
             limit_s = None if self._awaits_requested() else self._host.settings.silence_timeout_s()
             begins = await self._beginning(channel, limit_s)
+            if begins == STREAM_BEGIN and self._main is not None and not self._main.done():
+                self._main.set_result(channel)
+                return
             await self._first_known.wait()
             if begins == FIRST_BYTE:
                 await self._arrivals.seat(channel)
-            elif begins == STREAM_BEGIN and self._main is not None and not self._main.done():
-                self._main.set_result(channel)
             elif begins in (STREAM_BEGIN, b"") or not self._take_second(channel):
                 raise ChannelClosed(BUSY)
             else:

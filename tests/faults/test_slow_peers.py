@@ -13,8 +13,8 @@ import pytest
 from tests.support import craft
 from tests.support.holding_site import HoldingSite
 from tests.support.hostile import BLOCKS, DEVICES, HEAD, LEAD, MEMORY, RAM, WHOLE_RAM
-from tests.support.target import PONG_BYTES, TOLD_NO, Target
-from tests.support.visit import REASON, Visit, messages
+from tests.support.target import PONG_BYTES, TOLD_NO, TOLD_YES, Target
+from tests.support.visit import REASON, Visit, messages, visit
 
 SILENCE_MS = 300
 #: Well within the silence a daemon bears.
@@ -120,5 +120,15 @@ def test_a_qemu_may_be_silent_between_sections(target: Target) -> None:
         assert peer.listen(1.2) is None
         peer.say(stream[len(LEAD + RAM) :], end=True)
         assert peer.hear().endswith(bytes(4))
+    target.site.wait_status("completed")
+    target.sends_it_away()
+
+
+@pytest.mark.row(21)
+def test_a_machine_behind_somebody_who_says_nothing(target: Target) -> None:
+    """Under TLS the connection that was made first may come in last, so it is not the first that counts."""
+    with Visit(target.port):
+        answers = visit(target.port, craft.join(craft.machine(MEMORY, DEVICES)), end=True)
+        assert answers[-1:] == [TOLD_YES]
     target.site.wait_status("completed")
     target.sends_it_away()

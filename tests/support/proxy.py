@@ -65,6 +65,13 @@ class _Link:
         self.unknown: list[socket.socket] = []
         """Connections that came meanwhile, and have said nothing yet."""
 
+    def drop(self, *channel: socket.socket) -> None:
+        """Reset a channel of which one end is gone; the rest of the link stays."""
+        for sock in channel:
+            self.ways.pop(sock, None)
+            self.all.remove(sock)
+            _reset(sock)
+
     def close(self, *, in_order: bool) -> None:
         for sock in self.all:
             sock.close() if in_order else _reset(sock)
@@ -183,18 +190,22 @@ class Proxy:
     def _passes(self, link: _Link, sock: socket.socket) -> bool:
         """Pass something on; False where the link breaks."""
         to, way = link.ways[sock]
-        verdict = self._pass(sock, to, way, main=sock in link.all[:2])
+        main = sock in link.all[:2]
+        verdict = self._pass(sock, to, way, main=main)
+        if verdict == "gone" and not main:
+            link.drop(sock, to)
+            return True
         if verdict in ("end", "unheard"):
             link.unheard = link.unheard or verdict == "unheard"
             del link.ways[sock]
-        return verdict != "cut"
+        return verdict not in ("cut", "gone")
 
     def _pass(self, sock: socket.socket, to: socket.socket, way: Direction, *, main: bool) -> str:
         room = CHUNK if way.limit is None or way.at_limit == "swallow" else min(CHUNK, way.limit - way.passed)
         try:
             data = sock.recv(room) if room else b""
         except OSError:
-            return "unheard" if way.swallows else "cut"
+            return "unheard" if way.swallows else "gone"
         if room and not data:
             return _end(to, way)
         if way.kept is not None and main:
@@ -215,7 +226,7 @@ class Proxy:
         try:
             to.sendall(data)
         except OSError:
-            return "cut"
+            return "gone"
         if way.limit is not None and way.passed >= way.limit and way.at_limit != "swallow":
             return way.at_limit
         return "go"
@@ -241,7 +252,7 @@ def _end(to: socket.socket, way: Direction) -> str:
     try:
         to.shutdown(socket.SHUT_WR)
     except OSError:
-        return "cut"
+        return "gone"
     return "end"
 
 
