@@ -6,7 +6,7 @@ is without TLS.
 
 OpenSSL works between two buffers in memory, and the socket is read and written in large pieces: with a system call for
 each record (16 KiB) a quarter of the throughput was lost. Everything happens on the event loop, a quarter of a
-millisecond at a time: the other core belongs to the other end.
+millisecond at a time, but for channels with pages, which threads have for themselves (`transport.blocking`).
 
 Between two daemons the accepting side has the first word: be16 0, or the length of a refusal's reason and that. In TLS
 1.3 a client is through with its handshake before anybody has looked at its certificate, so it waits for that word.
