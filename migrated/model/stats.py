@@ -109,6 +109,9 @@ class BandwidthMeter:
         if limit_bps != self._limit_bps:
             self._limit_bps = limit_bps
             self._debt = 0.0
+            if limit_bps:
+                # What was sent in this window was within the old limit, and is no debt under a lower one.
+                self._sent = min(self._sent, int(limit_bps * self._window_s))
 
     def account(self, count: int) -> None:
         """Count bytes that were handed to the network."""

@@ -84,6 +84,18 @@ def test_budget_of_a_window() -> None:
     assert not meter.exceeded(0.05)
 
 
+def test_what_was_sent_under_a_higher_limit_is_no_debt() -> None:
+    meter = BandwidthMeter()
+    meter.set_limit(4000)
+    meter.roll(0.0)
+    meter.account(390)
+    meter.set_limit(1000)
+    meter.account(1)
+    assert meter.exceeded(0.05)
+    assert meter.roll(0.1)
+    assert not meter.exceeded(0.1)
+
+
 def test_what_was_overshot_is_paid_for() -> None:
     meter = BandwidthMeter()
     meter.set_limit(1000)
