@@ -90,7 +90,10 @@ class DataArrivals:
                     await self._changed.wait()
         except TimeoutError as error:
             text = f"{len(self._channels)} of {expected} multifd channels have come within {limit_s:g} s"
-            raise ChannelTimeout(f"{text}. Next: set multifd and multifd-channels alike at both ends") from error
+            raise ChannelTimeout(
+                f"{text}. Next: let as many connections through as there are channels, or set x-migrated-data-channels"
+                " off at the source; with a QEMU, set multifd and multifd-channels alike at both ends"
+            ) from error
         if self._refused is not None:
             raise self._refused
         if wrong := sorted(self._channels.keys() - set(range(expected))):
