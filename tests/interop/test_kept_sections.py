@@ -10,6 +10,7 @@ import pytest
 from tests.interop.conftest import MIB
 from tests.support import qemu
 from tests.support.dissect import dissect
+from tests.support.following import wait_until
 from tests.support.holding_site import MakeSite
 from tests.support.proxy import Proxy
 from tests.support.qemu import Qemu
@@ -43,6 +44,7 @@ def blocks_of(source: Pc, path: Path) -> dict[str, int]:
     """Return the PC's RAM blocks, from a stream in a file."""
     source.capability("return-path", state=False)
     source.migrate(f"exec:cat > {path}")
+    wait_until(lambda: source.run_state() == "postmigrate", "it may go on")  # which comes behind "completed"
     source.qmp.execute("cont")
     source.capability("return-path")
     return dissect(path.read_bytes()).blocks
