@@ -28,6 +28,7 @@ from migrated.control.settings import (
     MigrationCapabilityStatus,
     MigrationParameters,
 )
+from migrated.control.shape import Shape
 from migrated.errors import ArgumentError, CommandError
 from migrated.model.runstate import RunState
 
@@ -54,7 +55,7 @@ class Command:
 
     name: str
     run: Callable[[Call, Any], Awaitable[object]]
-    arguments: type[shapes.Shape] = shapes.NoArguments
+    arguments: type[Shape] = shapes.NoArguments
     result: object = shapes.NoArguments
 
     @property
@@ -173,7 +174,7 @@ async def _query_migrate_capabilities(call: Call, _: shapes.NoArguments) -> obje
     return [{"capability": name, "state": state} for name, state in current.all().items()]
 
 
-async def _migrate_set_parameters(call: Call, arguments: shapes.Shape) -> object:
+async def _migrate_set_parameters(call: Call, arguments: Shape) -> object:
     call.services.migrator.set_parameters(msgspec.to_builtins(arguments))
     return {}
 
@@ -307,7 +308,7 @@ COMMANDS: Final[Mapping[str, Command]] = {command.name: command for command in _
 NOT_IMPLEMENTED: Final = frozenset({"calc-dirty-rate", "query-dirty-rate"})
 """Commands of the interface that a later version brings: refused by name, and not in query-commands."""
 
-EVENTS: Final[Mapping[str, type[shapes.Shape]]] = {
+EVENTS: Final[Mapping[str, type[Shape]]] = {
     "STOP": shapes.NoArguments,
     "RESUME": shapes.NoArguments,
     "SHUTDOWN": shapes.ShutdownEvent,

@@ -5,14 +5,10 @@ The rule of the file: as in `control.shapes`, whose results have these as member
 
 from __future__ import annotations
 
-import msgspec
+from migrated.control.shape import Shape
 
 
-class _Shape(msgspec.Struct, frozen=True, rename="kebab"):
-    """Base of all: hyphenated member names."""
-
-
-class LatencyInfo(_Shape, frozen=True):
+class LatencyInfo(Shape, frozen=True):
     """Latencies of one class of faults; bucket N counts those in [2^N, 2^(N+1)) microseconds."""
 
     count: int
@@ -22,7 +18,7 @@ class LatencyInfo(_Shape, frozen=True):
     buckets: list[int]
 
 
-class FaultInfo(_Shape, frozen=True):
+class FaultInfo(Shape, frozen=True):
     """What faults on missing pages have cost."""
 
     requests: int
@@ -31,7 +27,7 @@ class FaultInfo(_Shape, frozen=True):
     local: LatencyInfo
 
 
-class PackingInfo(_Shape, frozen=True):
+class PackingInfo(Shape, frozen=True):
     """What `multifd-compression` auto has chosen, and why."""
 
     chosen: str

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from msgspec import UNSET, UnsetType
 
-from migrated.control.shapes import MigrationInfo, MigrationOutcome, Shape
+from migrated.control.shape import Shape
+from migrated.control.shapes import MigrationInfo, MigrationOutcome
 from migrated.model.history import Direction
 
 

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, UnsetType
 
+from migrated.control.shape import Shape
 from migrated.error_ids import Fault
-
-
-class Problem(Struct, frozen=True, rename="kebab"):
-    """Base of all: hyphenated member names."""
 
 
 class PeerKind(StrEnum):
@@ -23,12 +20,12 @@ class PeerKind(StrEnum):
     FILE = "file"
 
 
-class PeerInfo(Problem, frozen=True):
+class PeerInfo(Shape, frozen=True):
     address: str
     kind: PeerKind
 
 
-class ErrorInfo(Problem, frozen=True):
+class ErrorInfo(Shape, frozen=True):
     """What is known of an error besides its text; also in the error of a command that was refused."""
 
     id: str
@@ -38,7 +35,7 @@ class ErrorInfo(Problem, frozen=True):
     next_step: str
 
 
-class BlockerInfo(Problem, frozen=True):
+class BlockerInfo(Shape, frozen=True):
     """One thing that stands in the way of a migration, or, with ``warning``, only should be looked at."""
 
     id: str
@@ -48,12 +45,12 @@ class BlockerInfo(Problem, frozen=True):
     warning: bool
 
 
-class DestinationInfo(Problem, frozen=True):
+class DestinationInfo(Shape, frozen=True):
     name: str
     tool: str
 
 
-class PreflightInfo(Problem, frozen=True):
+class PreflightInfo(Shape, frozen=True):
     """What both sides say before anything moves."""
 
     ready: bool

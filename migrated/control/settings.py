@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from migrated.control.shapes import Shape
+from migrated.control.shape import Shape
 from migrated.model.parameters import CAPABILITIES, PARAMETERS, Kind, Parameter
 
 

@@ -16,14 +16,10 @@ from msgspec import UNSET, UnsetType
 
 from migrated.control.figure_shapes import FaultInfo, PackingInfo
 from migrated.control.problem_shapes import BlockerInfo, ErrorInfo, PeerInfo
+from migrated.control.shape import Shape
 from migrated.model.job import JobStatus, JobType
 from migrated.model.runstate import RunState
 from migrated.model.status import MigrationStatus
-
-
-class Shape(msgspec.Struct, frozen=True, rename="kebab", omit_defaults=True):
-    """Base of all: hyphenated member names."""
-
 
 # Arguments
 
@@ -39,7 +35,7 @@ class QMPCapability(StrEnum):
 
 
 class QmpCapabilitiesArguments(Shape, frozen=True):
-    enable: list[QMPCapability] = []
+    enable: list[QMPCapability] = msgspec.field(default_factory=list)
 
 
 class MigrateArguments(Shape, frozen=True):
@@ -75,13 +71,13 @@ class SnapshotArguments(Shape, frozen=True):
     job_id: str
     tag: str
     vmstate: str = ""
-    devices: list[str] = []
+    devices: list[str] = msgspec.field(default_factory=list)
 
 
 class SnapshotDeleteArguments(Shape, frozen=True):
     job_id: str
     tag: str
-    devices: list[str] = []
+    devices: list[str] = msgspec.field(default_factory=list)
 
 
 class JobArguments(Shape, frozen=True):

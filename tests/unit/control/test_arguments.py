@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from migrated.control.arguments import convert_arguments
 from migrated.control.commands import COMMANDS
 from migrated.control.settings import MigrateSetParametersArguments
-from migrated.control.shapes import Shape
+from migrated.control.shape import Shape
 from migrated.errors import CommandError
 
 NAMES = sorted(
