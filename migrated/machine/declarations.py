@@ -26,6 +26,8 @@ from migrated.wire import attach
 MAX_BLOCKS = 256
 #: A device costs a section header and a round trip in the downtime each; a real machine has tens.
 MAX_DEVICES = 1024
+#: For people.
+_PAGE_SIZES = " or ".join(map(str, memory.PAGE_SIZES))
 
 
 class DeviceCallback(Protocol):
@@ -54,8 +56,7 @@ class Declarations:
     def offer_block(self, workload: Workload, request: attach.BlockRequest) -> MachineBlock | None:
         """Return the block that exists, or reserve the name for ``workload``. Raises ClaimRefused."""
         if request.page_size not in memory.PAGE_SIZES:
-            expected = " or ".join(map(str, memory.PAGE_SIZES))
-            raise ClaimRefused("page_size", expected=expected, found=str(request.page_size))
+            raise ClaimRefused("page_size", expected=_PAGE_SIZES, found=str(request.page_size))
         if (block := self.blocks.get(request.name)) is not None:
             _check_existing(block, workload, request)
             return block
@@ -204,8 +205,7 @@ def _check_existing(block: MachineBlock, workload: Workload, request: attach.Blo
 def _page_size(name: str, memfd: int) -> int:
     """Return what a memfd consists of, whatever was said: the kernel knows better."""
     if (page_size := page_size_of(memfd)) not in memory.PAGE_SIZES:
-        expected = " or ".join(map(str, memory.PAGE_SIZES))
-        raise ClaimRefused(f"the pages of block '{name}'", expected=f"{expected} bytes each", found=str(page_size))
+        raise ClaimRefused(f"the pages of block '{name}'", expected=f"{_PAGE_SIZES} bytes each", found=str(page_size))
     return page_size
 
 

@@ -13,7 +13,6 @@ resort, about 0.2 s/GiB per look).
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -25,6 +24,7 @@ from migrated.errors import KernelError, WorkloadError
 from migrated.kernel import pagemap, userfault
 from migrated.kernel.memory import data_extents
 from migrated.model.bitmap import PageBitmap
+from migrated.ram.page_read import read_run
 from migrated.savevm.ports import RamBlockPort, TrackedMapping
 from migrated.transport.thread import in_thread
 from migrated.wire.ram import PAGE
@@ -181,14 +181,13 @@ class PageHashes:
 
     def _hash(self) -> NDArray[np.void]:
         """Return all digests. Holes are not read: in a mapping that would fill them."""
-        memfd, size = self._block.memfd, self._block.size_bytes
+        size = self._block.size_bytes
         digests = np.full(size // PAGE, np.frombuffer(_DIGEST_OF_ZEROS, self.DIGEST))
         rows = np.empty((PIECE_PAGES, PAGE), np.uint8)
-        for start, end in data_extents(memfd, 0, size):
+        for start, end in data_extents(self._block.memfd, 0, size):
             for first in range(start // PAGE, -(-end // PAGE), PIECE_PAGES):
                 part = rows[: min(PIECE_PAGES, -(-end // PAGE) - first)]
-                if os.preadv(memfd, [part.data], first * PAGE) != part.nbytes:
-                    part[:] = self._block.pages[first : first + len(part)]  # raises: it is gone
+                read_run(self._block, first, part)
                 digests[first : first + len(part)] = np.frombuffer(b"".join(map(xxh3_128_digest, part)), self.DIGEST)
         return digests
 

@@ -130,9 +130,8 @@ class FaultService:
             self._hurried_at = now
         waiting = self._waiting[block].get(page)
         if waiting is None:
-            self._request(
-                block, page * PAGE, self._page_sizes[block]
-            )  # first of all: the rest is done while the answer comes
+            # First of all: the rest is done while the answer comes.
+            self._request(block, page * PAGE, self._page_sizes[block])
             self._waiting[block][page] = waiting = _Waiting(now)
             self.figures.requests += 1
         waiting.threads[fd, thread] = now

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,12 +25,11 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_digest
 
 from migrated.errors import ChannelError
-from migrated.model.bitmap import consecutive
 from migrated.model.packing_choice import JobCost, PackingChoice
 from migrated.model.stats import RamStats
 from migrated.ram.deltas import Deltas
 from migrated.ram.multifd_load import named
-from migrated.ram.page_sender import is_scattered, zero_pages
+from migrated.ram.page_read import read_pages, zero_pages
 from migrated.savevm.ports import RamBlockPort
 from migrated.stream.outgoing import OutgoingStream
 from migrated.transport.blocking import BlockingSocket, blocking
@@ -98,7 +96,7 @@ class _Packet:
 
     def read(self, block: RamBlockPort, pages: NDArray[np.int64]) -> NDArray[np.int64]:
         """Read pages as they are at this moment, and keep those that are not zero; return those that are."""
-        self._read(block, pages)
+        read_pages(block, pages, self.rows[: len(pages)])
         zero = zero_pages(self.rows[: len(pages)].view(np.uint64))
         self.block, self.pages = block.name, pages
         if not len(zero):
@@ -108,16 +106,6 @@ class _Packet:
         self.pages = pages[keep]
         self.rows[: len(self.pages)] = self.rows[: len(pages)][keep]
         return pages[zero]
-
-    def _read(self, block: RamBlockPort, pages: NDArray[np.int64]) -> None:
-        runs = consecutive(pages)
-        if is_scattered(pages, runs):
-            self.rows[: len(pages)] = block.pages[pages]
-            return
-        for start, end in runs:
-            rows, first = self.rows[start:end], int(pages[start])
-            if os.preadv(block.memfd, [rows.data], first * PAGE) != rows.nbytes:
-                rows[:] = block.pages[first : first + len(rows)]
 
     @property
     def size_bytes(self) -> int:

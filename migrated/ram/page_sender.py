@@ -3,31 +3,27 @@
 The rule of the file: whoever calls has taken the pages off the bitmap already; a page that changes while it is read is
 somebody else's worry (precopy: it is dirty again; postcopy: nothing changes any more).
 
-Pages in long runs are read by ``preadv`` straight into their records (no fault, no page tables, the GIL is free),
-scattered ones are gathered from the daemon's mapping. A channel that has room for them gets them out of the mapping
-too, straight into its buffer: it is a snapshot's, whose blocks are hashed there anyway, and all of it costs a third
+Pages are read straight into their records (`ram.page_read`). A channel that has room for them gets them out of the
+mapping, straight into its buffer: it is a snapshot's, whose blocks are hashed there anyway, and all of it costs a third
 less. Pages that are zero become records of nine bytes.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from migrated.model.bitmap import consecutive
 from migrated.model.stats import RamStats
 from migrated.ram.deltas import Deltas
+from migrated.ram.page_read import read_pages, read_run, zero_pages
 from migrated.savevm.ports import RamBlockPort
 from migrated.stream.outgoing import OutgoingStream
 from migrated.wire.ram import PAGE
 from migrated.wire.ram_encoder import RamEncoder, bodies
 
-#: From this mean run length on, reading by system call is faster than gathering from the mapping.
-LONG_RUN_PAGES = 8
 ZERO_PAGE = bytes(PAGE)
 #: Room for the name of a block and the head of a record.
 HEAD_BYTES = 512
@@ -105,7 +101,7 @@ class PageSender:
             chunk = _Chunk(block, np.arange(first, first + some), raw, offsets)
             # Where the holes of huge pages are nobody knows, and to read one in a mapping fills it.
             if raw is self._chunk or block.page_size > PAGE:
-                _read_run(chunk, 0, self._rows_of(chunk)[:some])
+                read_run(block, first, chunk.content, self._rows_of(chunk)[:some])
             else:
                 chunk.content[:] = block.pages[first : first + some]
             await self._send_read(f, chunk)
@@ -164,14 +160,7 @@ class PageSender:
 
     def _read(self, chunk: _Chunk) -> None:
         """Copy pages to where their records have them."""
-        pages = chunk.pages
-        runs = consecutive(pages)
-        if is_scattered(pages, runs):
-            chunk.content[:] = chunk.block.pages[pages]
-            return
-        rows = self._rows_of(chunk)
-        for start, end in runs:
-            _read_run(chunk, start, rows[start:end])
+        read_pages(chunk.block, chunk.pages, chunk.content, lambda: self._rows_of(chunk))
 
     def _rows_of(self, chunk: _Chunk) -> list[memoryview]:
         """Return the bodies of a chunk as buffers; those of our own move only when a record has to name its block."""
@@ -181,24 +170,3 @@ class PageSender:
         if self._rows_at.start != offsets.start or len(self._rows) < len(offsets):
             self._rows_at, self._rows = offsets, [view[at : at + PAGE] for at in offsets]
         return self._rows
-
-
-def _read_run(chunk: _Chunk, start: int, rows: list[memoryview]) -> None:
-    """Read pages that follow each other, from ``chunk.pages[start]`` on, into ``rows``."""
-    first, block = int(chunk.pages[start]), chunk.block
-    if os.preadv(block.memfd, rows, first * PAGE) != len(rows) * PAGE:
-        chunk.content[start : start + len(rows)] = block.pages[first : first + len(rows)]
-
-
-def is_scattered(pages: NDArray[np.int64], runs: Sequence[tuple[int, int]]) -> bool:
-    """Say whether pages are gathered faster than they are read run by run."""
-    return len(runs) > 1 and len(pages) < LONG_RUN_PAGES * len(runs)
-
-
-def zero_pages(words: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Return which pages, a row of ``words`` each, are all zero. One word rules out nearly every page that is not."""
-    maybe = np.flatnonzero(words[:, 0] == 0)
-    for word in (PAGE // 16, -1):
-        if len(maybe):
-            maybe = maybe[words[maybe, word] == 0]
-    return maybe[~words[maybe].any(axis=1)] if len(maybe) else maybe

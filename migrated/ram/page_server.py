@@ -121,15 +121,15 @@ class PageServer:
         """Send everything that is asked for."""
         while self._requests:
             name, first, end = self._requests.pop()
-            if (group := self._unsent.named(name).page_size // PAGE) > 1:
+            block = self._unsent.named(name)
+            if (group := block.page_size // PAGE) > 1:
                 for page in range(first // group * group, end, group):
-                    await self._send_host_page(f, sender, self._unsent.named(name), page)
+                    await self._send_host_page(f, sender, block, page)
                 continue
             if end - first == 1:
                 f.put_buffer(self._take(sender, name, first))
                 await f.drain()
                 continue
-            block = self._unsent.named(name)
             step = sender.capacity(f, block)
             for start in range(first, end, step):
                 await self._send_range(f, sender, block, start, min(end, start + step))

@@ -62,7 +62,7 @@ class PacketFlag(IntFlag):
 #: As a number: an enum's operators cost ten times as much.
 _SYNC = int(PacketFlag.SYNC)
 _METHODS = 7 << 1
-_KNOWN = int(PacketFlag.SYNC) | _METHODS
+_KNOWN = _SYNC | _METHODS
 #: Pages as they are.
 PLAIN = PacketFlag(0)
 #: What packed pages may take: they may get longer by it, but not by much.
