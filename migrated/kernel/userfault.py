@@ -33,7 +33,6 @@ def _ior(kind: int, number: int, size: int) -> int:
 _API = struct.Struct("=QQQ")  # api, features, ioctls
 _REGISTER = struct.Struct("=QQQQ")  # start, len, mode, ioctls
 _RANGE = struct.Struct("=QQ")  # start, len
-_WRITEPROTECT = struct.Struct("=QQQ")  # start, len, mode
 
 UFFD_API = 0xAA
 UFFDIO_API = 0xC018AA3F
@@ -42,7 +41,6 @@ UFFDIO_UNREGISTER = 0x8010AA01
 UFFDIO_WAKE = 0x8010AA02
 UFFDIO_COPY = 0xC028AA03
 UFFDIO_ZEROPAGE = 0xC020AA04
-UFFDIO_WRITEPROTECT = 0xC018AA06
 UFFDIO_CONTINUE = 0xC020AA07
 UFFDIO_POISON = 0xC020AA08
 USERFAULTFD_IOC_NEW = 0x0000AA00
@@ -53,7 +51,6 @@ assert UFFDIO_UNREGISTER == _ior(UFFD_API, 0x01, _RANGE.size)
 assert UFFDIO_WAKE == _ior(UFFD_API, 0x02, _RANGE.size)
 assert UFFDIO_COPY == _iowr(UFFD_API, 0x03, struct.calcsize("=QQQQq"))
 assert UFFDIO_ZEROPAGE == _iowr(UFFD_API, 0x04, struct.calcsize("=QQQq"))
-assert UFFDIO_WRITEPROTECT == _iowr(UFFD_API, 0x06, _WRITEPROTECT.size)
 assert UFFDIO_CONTINUE == _iowr(UFFD_API, 0x07, struct.calcsize("=QQQq"))
 assert UFFDIO_POISON == _iowr(UFFD_API, 0x08, struct.calcsize("=QQQq"))
 assert USERFAULTFD_IOC_NEW == (UFFD_API << 8) | 0x00
@@ -61,7 +58,6 @@ assert USERFAULTFD_IOC_NEW == (UFFD_API << 8) | 0x00
 MODE_MISSING = 1 << 0
 MODE_WP = 1 << 1
 MODE_MINOR = 1 << 2
-WRITEPROTECT_ON = 1 << 0
 
 FEATURE_MISSING_SHMEM = 1 << 5
 FEATURE_THREAD_ID = 1 << 8
@@ -168,12 +164,6 @@ def register(fd: int, address: int, length: int, mode: int) -> None:
 def unregister(fd: int, address: int, length: int) -> None:
     """End a registration; its write protection ends with it."""
     _ioctl("UFFDIO_UNREGISTER", fd, UFFDIO_UNREGISTER, _RANGE.pack(address, length))
-
-
-def write_protect(fd: int, address: int, length: int, on: bool = True) -> None:
-    """Write-protect a registered range, or lift the protection (about 9 ms per GiB)."""
-    mode = WRITEPROTECT_ON if on else 0
-    _ioctl("UFFDIO_WRITEPROTECT", fd, UFFDIO_WRITEPROTECT, _WRITEPROTECT.pack(address, length, mode))
 
 
 def wake(fd: int, address: int, length: int) -> None:

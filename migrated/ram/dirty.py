@@ -94,7 +94,7 @@ class DirtyLog:
             return
         try:
             userfault.register(mapping.userfault, mapping.address, mapping.length, userfault.MODE_WP)
-            userfault.write_protect(mapping.userfault, mapping.address, mapping.length)
+            pagemap.protect(mapping.pagemap, mapping.address, mapping.length)
         except KernelError as error:
             raise _explain(error, log.block, mapping) from error
         log.registered.add(mapping)

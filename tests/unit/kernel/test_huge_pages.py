@@ -104,7 +104,7 @@ def test_a_host_that_knows_no_huge_pages_has_none(tmp_path: Path) -> None:
 def test_writes_are_tracked_by_whole_huge_pages(mapping: memory.Mapping, tracking: int) -> None:
     maps = os.open("/proc/self/pagemap", os.O_RDONLY)
     userfault.register(tracking, mapping.address, SIZE, userfault.MODE_WP)
-    userfault.write_protect(tracking, mapping.address, SIZE)
+    pagemap.protect(maps, mapping.address, SIZE)
     mapping.view[HUGE_PAGE_SIZE + 5] = 1
     mapping.view[4 * HUGE_PAGE_SIZE] = 1
     starts, ends = pagemap.scan_and_clear(maps, mapping.address, SIZE)

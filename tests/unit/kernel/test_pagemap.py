@@ -35,7 +35,7 @@ class Tracked:
         userfault.register(self.uffd, self.mapping.address, SIZE, userfault.MODE_WP)
 
     def protect(self) -> None:
-        userfault.write_protect(self.uffd, self.mapping.address, SIZE)
+        pagemap.protect(self.pagemap, self.mapping.address, SIZE)
 
     def scan(self, buffer: NDArray[np.uint64] | None = None) -> list[int]:
         return pages_of(pagemap.scan_and_clear(self.pagemap, self.mapping.address, SIZE, buffer))
@@ -52,6 +52,12 @@ class Tracked:
 
 def pages_of(ranges: pagemap.Ranges) -> list[int]:
     return [page for start, end in zip(*ranges, strict=True) for page in range(start, end)]
+
+
+def test_protection_needs_a_registration(tracked: Tracked) -> None:
+    userfault.unregister(tracked.uffd, tracked.mapping.address, SIZE)
+    with pytest.raises(KernelError, match="PAGEMAP_SCAN: EPERM"):
+        tracked.protect()
 
 
 @pytest.fixture
@@ -173,7 +179,7 @@ class Writer:
         self.address = int.from_bytes(data, "little")
         self.memfd, self.uffd, self.pagemap = fds
         userfault.register(self.uffd, self.address, SIZE, userfault.MODE_WP)
-        userfault.write_protect(self.uffd, self.address, SIZE)
+        pagemap.protect(self.pagemap, self.address, SIZE)
 
     def stop(self) -> int:
         """Let it stop writing; return how many rounds it made."""
@@ -231,7 +237,7 @@ def test_a_process_that_is_gone_is_told_apart() -> None:
         with pytest.raises(KernelError, match="ESRCH"):
             pagemap.check_tracked(writer.pagemap, writer.address, SIZE)
         with pytest.raises(KernelError, match="ESRCH"):
-            userfault.write_protect(writer.uffd, writer.address, SIZE)
+            pagemap.protect(writer.pagemap, writer.address, SIZE)
         with pytest.raises(KernelError, match="ENOMEM"):
             userfault.register(writer.uffd, writer.address, SIZE, userfault.MODE_WP)
     finally:

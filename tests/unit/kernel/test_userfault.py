@@ -82,12 +82,8 @@ def test_a_range_belongs_to_one_userfaultfd_at_a_time(mapping: memory.Mapping, t
     userfault.unregister(sync, mapping.address, SIZE)
 
 
-def test_protection_needs_a_registration(mapping: memory.Mapping, tracking: int) -> None:
-    with pytest.raises(KernelError, match="UFFDIO_WRITEPROTECT: ENOENT"):
-        userfault.write_protect(tracking, mapping.address, SIZE)
+def test_a_registration_is_of_whole_pages(mapping: memory.Mapping, tracking: int) -> None:
     userfault.register(tracking, mapping.address, SIZE, userfault.MODE_WP | userfault.MODE_MISSING)
-    userfault.write_protect(tracking, mapping.address, SIZE)
-    userfault.write_protect(tracking, mapping.address, SIZE, on=False)
     userfault.wake(tracking, mapping.address, SIZE)
     with pytest.raises(KernelError, match="EINVAL"):
         userfault.register(tracking, mapping.address + 1, SIZE, userfault.MODE_WP)
@@ -103,7 +99,7 @@ mapping = memory.Mapping(fd, 16 * 4096)
 uffd = userfault.open_userfaultfd(userfault.FEATURES_TRACKING)
 maps = os.open("/proc/self/pagemap", os.O_RDONLY)
 userfault.register(uffd, mapping.address, 16 * 4096, userfault.MODE_WP)
-userfault.write_protect(uffd, mapping.address, 16 * 4096)
+pagemap.protect(maps, mapping.address, 16 * 4096)
 mapping.view[5 * 4096] = 1
 with open("/proc/self/comm", "rb", buffering=0) as comm:  # a write by the kernel on behalf of a system call
     comm.readinto(mapping.view[9 * 4096:9 * 4096 + 1])
