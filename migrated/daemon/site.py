@@ -18,7 +18,7 @@ import msgspec
 
 from migrated.errors import KernelError, MigratedError
 from migrated.kernel.host_memory import available_bytes
-from migrated.kernel.memory import PAGE_SIZE, reserve
+from migrated.kernel.memory import PAGE_SIZE, STAT_BLOCK_BYTES, reserve
 from migrated.savevm.ports import RamBlockPort
 
 RESERVATION = "memory-reserved.json"
@@ -27,7 +27,6 @@ RESERVED_FOR_S = 60.0
 RESERVATION_MAX_BYTES = 4096
 #: Two records (the old one is there until the new one is complete), rounded up to a file system's largest blocks.
 RECORD_ROOM_BYTES = 128 << 10
-_STAT_BLOCK_BYTES = 512
 
 
 class _Reservation(msgspec.Struct, frozen=True):
@@ -59,7 +58,7 @@ class HostSite:
 
     def used_bytes(self, block: RamBlockPort) -> int:
         """Return how much of a block is not a hole."""
-        return os.fstat(block.memfd).st_blocks * _STAT_BLOCK_BYTES
+        return os.fstat(block.memfd).st_blocks * STAT_BLOCK_BYTES
 
     def free_bytes(self) -> int:
         """Return what the host can give; what is in the blocks here is given back when a machine arrives."""

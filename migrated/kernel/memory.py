@@ -24,6 +24,8 @@ PAGE_SIZE = 4096
 PAGE_SIZES = (PAGE_SIZE, HUGE_PAGE_SIZE)
 
 MADV_POPULATE_WRITE = 23
+#: In what stat(2) counts.
+STAT_BLOCK_BYTES = 512
 FALLOC_FL_KEEP_SIZE = 1
 FALLOC_FL_PUNCH_HOLE = 2
 
@@ -175,8 +177,11 @@ def data_extents(fd: int, start: int, end: int) -> list[tuple[int, int]]:
     Reading a hole through a mapping would allocate it; asking here does not. Of memory in huge pages the kernel says
     only how much of it there is: if there is any, all of it may be.
     """
-    if page_size_of(fd) == HUGE_PAGE_SIZE and not os.fstat(fd).st_blocks:
+    used_bytes = os.fstat(fd).st_blocks * STAT_BLOCK_BYTES
+    if page_size_of(fd) == HUGE_PAGE_SIZE and not used_bytes:
         return []
+    if start == 0 < end <= used_bytes:
+        return [(start, end)]  # to look for holes, the kernel walks all of it
     extents = []
     position = start
     while position < end:
