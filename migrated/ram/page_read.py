@@ -20,6 +20,8 @@ from migrated.wire.ram import PAGE
 #: From this mean run length on, reading by system call is faster than gathering from the mapping.
 LONG_RUN_PAGES = 8
 
+PIECE_PAGES = 128
+
 #: The rows of an array as buffers, where it is not in one piece.
 Views = Sequence[memoryview]
 
@@ -55,4 +57,8 @@ def zero_pages(words: NDArray[np.uint64]) -> NDArray[np.int64]:
     for word in (PAGE // 16, -1):
         if len(maybe):
             maybe = maybe[words[maybe, word] == 0]
-    return maybe[~words[maybe].any(axis=1)] if len(maybe) else maybe
+    if len(maybe) == len(words):
+        return np.flatnonzero(np.bitwise_or.reduce(words, axis=1) == 0)
+    # Piece by piece: what is compared is copied, and stays in the cache.
+    pieces = [maybe[at : at + PIECE_PAGES] for at in range(0, len(maybe), PIECE_PAGES)]
+    return np.concatenate([piece[np.bitwise_or.reduce(words[piece], axis=1) == 0] for piece in pieces] or [maybe])
