@@ -165,7 +165,7 @@ class OutgoingMigration:
             self._host.log.exception("migration_bug")
             self._failed(MigratedError(f"internal error: {error!r}"))
         else:
-            self._progress.finish()
+            self._progress.finish()  # where nobody answers it had not ended before
             self.status.advance(MigrationStatus.COMPLETED)
         finally:
             self._progress.finish()

@@ -293,6 +293,7 @@ class PostcopySource:
 
     async def let_go(self, peer: str) -> None:
         """All memory is at the destination: this host's is out of date."""
+        self._progress.finish()
         async with self._host.lock:
             await leave_machine(self._host, peer)
 

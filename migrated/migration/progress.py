@@ -80,8 +80,9 @@ class Progress:
         self.setup_ms = (self._clock() - self.started_at) * 1000
 
     def finish(self) -> None:
-        """The migration ended, one way or the other."""
-        self.total_ms = (self._clock() - self.started_at) * 1000
+        """The migration ended, one way or the other. Only the first time counts: tidying up takes no part in it."""
+        if self.total_ms is None:
+            self.total_ms = (self._clock() - self.started_at) * 1000
 
     def elapsed_ms(self) -> float:
         """Return milliseconds since `migrate`, until the end if it has ended."""

@@ -191,6 +191,7 @@ class Switchover:
         host = self._host
         self._progress.ledger.mark("answer", host.clock())
         self._progress.ledger.end(host.clock())
+        self._progress.finish()
         async with host.lock:
             host.machine.set_run_state(RunState.POSTMIGRATE)
             if self._by is not None:
