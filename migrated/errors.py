@@ -35,6 +35,8 @@ from migrated.error_ids import ERROR_IDS, ErrorId
 
 #: Stands between what happened and what to do.
 NEXT = ". Next: "
+#: What is said of bytes that have another checksum here than at the source.
+CHANGED = "what arrived is not what was sent: it changed on the way"
 
 
 class MigratedError(Exception):

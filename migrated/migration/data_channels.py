@@ -70,7 +70,8 @@ class DataChannels:
             await self._open(dial)
         if self._channels:
             method, level = self._packing(verdict.kind)
-            self._host.multifd_save.begin(self._channels, METHODS[method], level)
+            to_qemu = verdict.kind is not PeerKind.MIGRATED
+            self._host.multifd_save.begin(self._channels, METHODS[method], level, to_qemu=to_qemu)
         if self._preempts and self.urgent is None:
             self.urgent = await dial()
         elif self.urgent is not None and verdict.answer is not None and not verdict.answer.preempt:

@@ -3,6 +3,9 @@
 The rule of the file: a page is added after it was placed. Runs that follow each other are kept as one until somebody
 asks: the bits would cost as much as the copying, taken 64 at a time.
 
+A page whose sum at the source was another than here is doubted: the machine may have written to it while it was sent,
+and then it comes again. Whatever comes later ends the doubt.
+
 Landing: runs are written by descriptor (``pwritev``: no fault, nothing is zeroed that is overwritten anyway), whether
 there is memory or a hole; scattered pages are stored through the daemon's own mapping.
 """
@@ -36,6 +39,19 @@ class Arrivals:
         self._with_data = PageBitmap(block.size_bytes // PAGE)
         self._run = range(0)
         """Pages with data that are not in the bitmaps yet."""
+        self._doubted = PageBitmap(block.size_bytes // PAGE)
+
+    def doubt(self, pages: NDArray[np.int64]) -> None:
+        """Count on it that these pages, which have arrived, come again."""
+        self._settle()
+        self._doubted.set_pages(pages)
+
+    @property
+    def doubted(self) -> PageBitmap:
+        """The pages that differ from what was sent, and did not come again."""
+        if self._run:
+            self._settle()
+        return self._doubted
 
     @property
     def count(self) -> int:
@@ -61,8 +77,8 @@ class Arrivals:
     def remove(self, start: int, end: int) -> None:
         """Forget the pages start..end-1: they were dropped."""
         self._settle()
-        self._received.clear_range(start, end)
-        self._with_data.clear_range(start, end)
+        for bitmap in (self._received, self._with_data, self._doubted):
+            bitmap.clear_range(start, end)
 
     def add_run(self, start: int, end: int) -> None:
         """Add the pages start..end-1, which hold data."""
@@ -106,15 +122,20 @@ class Arrivals:
             self._settle()
         self._received.set(page)
         self._with_data.set(page)
+        self._doubted.clear(page)
 
     def add_pages(self, pages: NDArray[np.int64]) -> None:
         """Add pages that hold data."""
         self._received.set_pages(pages)
         self._with_data.set_pages(pages)
+        if self._doubted.count:
+            self._doubted.clear_pages(pages)
 
     def add_holes(self, pages: NDArray[np.int64]) -> None:
         """Add pages that are zero."""
         self._received.set_pages(pages)
+        if self._doubted.count:
+            self._doubted.clear_pages(pages)
 
     def take_stale(self, pages: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return, ascending, which of ``pages`` hold something from before, and count on it that they become holes."""
@@ -128,4 +149,6 @@ class Arrivals:
             return
         for bitmap in (self._received, self._with_data):
             bitmap.set_range(self._run.start, self._run.stop)
+        if self._doubted.count:
+            self._doubted.clear_range(self._run.start, self._run.stop)
         self._run = range(0)

@@ -26,10 +26,11 @@ from migrated.model.bitmap import consecutive
 from migrated.model.faults import FaultFigures
 from migrated.model.ramblock import RamBlock, check_block_list
 from migrated.model.stats import RamStats
-from migrated.ram.arrivals import Arrivals, Part
+from migrated.ram.arrivals import Arrivals
 from migrated.ram.fault_service import FaultService
 from migrated.ram.holes import make_holes, punch
 from migrated.ram.host_pages import HostPages
+from migrated.ram.landing import BlockLanding, check_doubts
 from migrated.ram.multifd_load import MultifdLoad
 from migrated.ram.obstacles import can_wait, cannot_wait, huge_pages_unasked
 from migrated.ram.place import copy_pages
@@ -140,6 +141,7 @@ class RamLoad:
             raise RemoteProtocolError(
                 "the stream ended before all memory had arrived", section="ram", found="missing " + "; ".join(missing)
             )
+        check_doubts(self._arrivals)
 
     # -- postcopy ----------------------------------------------------------------------------------------------
 
@@ -175,6 +177,7 @@ class RamLoad:
 
     def listen(self, request: Callable[[str, int, int], None]) -> None:
         """Serve faults from here on. Whoever maps a block now would read what is missing as zeros: nobody may."""
+        check_doubts(self._arrivals)
         self._machine.bar("its machine runs, and a part of its memory has not arrived")
         blocks = [arrivals.block for arrivals in self._arrivals.values()]
         self._service = FaultService(blocks, self._is_received, request, self._clock)
@@ -305,7 +308,7 @@ class RamLoad:
                 self._register(block)
             self._arrivals[name] = await asyncio.to_thread(self._make_room, block)
         self._parser.blocks = dict(announced.blocks)
-        self.channels.accept(self._parser.blocks, self)
+        self.channels.accept(self._parser.blocks, BlockLanding(self._arrivals, self._account))
 
     def _make_room(self, block: RamBlockPort) -> Arrivals:
         """Have a block ready for what arrives. Memory that is there is kept to be overwritten: new one costs more.
@@ -327,15 +330,6 @@ class RamLoad:
         for start, end in consecutive(run.pages):
             await self._copy_run(self._arrivals[run.block], int(run.pages[start]), run.data[start:end])
         self._account(len(run.pages))
-
-    def put(self, run: PageRun) -> list[Part]:
-        """Place pages in a machine that does not run yet; what has arrived is said by `arrived`. In any thread."""
-        return self._arrivals[run.block].put(run.pages, run.data)
-
-    def arrived(self, block: str, part: Part) -> None:
-        """Count pages that were `put`."""
-        self._arrivals[block].add(part)
-        self._account(len(part))
 
     def _apply(self, event: PageDelta) -> None:
         arrivals = self._arrivals[event.block]

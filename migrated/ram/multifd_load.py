@@ -3,10 +3,11 @@
 The rule of the file: a channel whose SYNC has come is not read until all of them have theirs and the main stream has
 said that its section ends; so what comes later can never be overwritten by what came before.
 
-Each channel has a thread, which receives, sums up, unpacks and puts pages into the memfd; the event loop hears of it at
-the SYNC, and only then do they count as arrived. A packet lands from where it was received, by one `pwritev` for each
-run of pages: into memory that nobody has touched that costs two thirds of receiving into a mapping of it, and into
-memory that is there it costs no page tables.
+Each channel has a thread, which receives, unpacks, puts pages into the memfd and sums them up; the event loop hears of
+it at the SYNC, and only then do they count as arrived. Long runs go from the socket into the memfd through a pipe
+(`splice`): one copy, nothing is zeroed before, and no page table is needed. Scattered pages, packed ones and those
+under TLS land from a buffer. A page whose sum is another than the source's may have been written to while it was sent:
+it is doubted until it comes again.
 
 A channel that breaks or says nonsense ends the migration by an error that names it. From `listen` on it is only
 remembered: pages come another way then, and a connection that broke pauses a postcopy. Format: `wire.multifd`.
@@ -17,44 +18,54 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-from xxhash import xxh3_64_digest
+from numpy.typing import NDArray
 
 from migrated.errors import ChannelClosed, ChannelError, ChannelTimeout, MigratedError, RemoteProtocolError
+from migrated.kernel.splice import Pipe
+from migrated.model.bitmap import consecutive
 from migrated.ram.arrivals import Part
+from migrated.ram.page_read import LONG_RUN_PAGES
+from migrated.savevm.ports import RamBlockPort
 from migrated.transport.blocking import BlockingSocket, blocking
 from migrated.transport.channel import SocketChannel
 from migrated.transport.thread import in_own_thread
 from migrated.wire.multifd import (
-    CHECKSUM_AT,
-    CHECKSUM_BYTES,
-    HEAD_BYTES,
+    CHECKED_FORM,
+    LONG_FORM,
     PACKED_MAX_BYTES,
     PACKET_BYTES,
+    PACKET_PAGES,
     PLAIN,
+    QEMU_FORM,
+    Form,
     Head,
     PacketFlag,
+    page_sums,
+    parse_count,
     parse_head,
 )
 from migrated.wire.packing import Unpacker, unpackers
 from migrated.wire.ram import PAGE, PageRun
 
-NO_CHECKSUM = bytes(CHECKSUM_BYTES)
-
 
 class Landing(Protocol):
     """Where pages belong."""
 
+    def block(self, name: str) -> RamBlockPort:
+        """Return a block by its name."""
+
     def put(self, run: PageRun) -> list[Part]:
         """Put pages into memory; return them for `arrived`. Called in any thread. Raises KernelError."""
-        ...
 
     def arrived(self, block: str, part: Part) -> None:
         """Count pages that were put there. Called on the event loop."""
-        ...
+
+    def doubt(self, block: str, pages: NDArray[np.int64]) -> None:
+        """Count on it that these, which have arrived, come again. Called on the event loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,39 +73,56 @@ class _Terms:
     """What holds for all channels."""
 
     methods: Sequence[PacketFlag]
-    checked: bool
-    """Each packet has its checksum."""
+    form: Form
     syncs_in_postcopy: bool
 
 
 class _Nowhere:
     """A Landing before blocks are known: a packet with pages is refused before it comes here."""
 
+    def block(self, name: str) -> RamBlockPort:
+        raise AssertionError(name)
+
     def put(self, run: PageRun) -> list[Part]:
         raise AssertionError(run.block)
+
+    def doubt(self, block: str, pages: NDArray[np.int64]) -> None:
+        raise AssertionError(block)
 
     def arrived(self, block: str, part: Part) -> None:
         raise AssertionError(block)
 
 
+@dataclass(slots=True, eq=False)
+class _Landed:
+    """What one channel brought from one SYNC to the next, by block."""
+
+    parts: list[tuple[str, Part]] = field(default_factory=list)
+    doubted: list[tuple[str, NDArray[np.int64]]] = field(default_factory=list)
+    """Those of them whose sums are others than at the source."""
+
+
 class _Reader:
     """One channel, and its thread."""
 
-    def __init__(self, number: int, channel: SocketChannel, terms: _Terms, unpacker: Unpacker | None) -> None:
+    def __init__(
+        self, number: int, channel: SocketChannel, terms: _Terms, unpacker: Unpacker | None, puts: threading.Lock
+    ) -> None:
         self.number = number
         self.channel = channel
         self.blocks: Mapping[str, int] = {}
         self.landing: Landing = _Nowhere()
         self.listens = False
-        self._landed: list[tuple[str, Part]] = []
+        self._landed = _Landed()
         self.syncs = False
         """True from a SYNC to the next `go_on`."""
         self._terms = terms
         self._unpacker = unpacker
         self._unpacked = np.empty(PACKET_BYTES if unpacker else 0, np.uint8)
-        self._raw = np.empty(HEAD_BYTES + (PACKED_MAX_BYTES if unpacker else PACKET_BYTES), np.uint8)
-        self._puts = threading.Lock()
-        """Held while pages are put into memory."""
+        self._head = np.empty(terms.form.head_max_bytes, np.uint8)
+        self._raw = np.empty(PACKED_MAX_BYTES if unpacker else PACKET_BYTES, np.uint8)
+        self._pipe: Pipe | None = None
+        self._puts = puts
         self._go_on = threading.Event()
         self._offset = 0
         """Where in the channel the packet begins that is read."""
@@ -120,8 +148,10 @@ class _Reader:
             raise named(error, self.number) from error
         finally:
             end.close()
+            if self._pipe is not None:
+                self._pipe.close()
             # Whatever still knows this reader: an error in a task group is held in circles with its frames.
-            self._raw = self._unpacked = np.empty(0, np.uint8)
+            self._head = self._raw = self._unpacked = np.empty(0, np.uint8)
             self._unpacker = None
 
     def listen(self) -> None:
@@ -129,9 +159,9 @@ class _Reader:
         with self._puts:
             self.listens = True
 
-    def go_on(self) -> list[tuple[str, Part]]:
+    def go_on(self) -> _Landed:
         """Read what is behind the SYNC; return what was put into memory before it."""
-        landed, self._landed = self._landed, []
+        landed, self._landed = self._landed, _Landed()
         self.syncs = False
         self._go_on.set()
         return landed
@@ -139,16 +169,12 @@ class _Reader:
     # -- in the thread -----------------------------------------------------------------------------------------
 
     def _receive(self, end: BlockingSocket, synced: Callable[[], object]) -> None:
-        head_view = self._raw[:HEAD_BYTES].data
-        while end.fill(head_view, idle=True):
-            head = parse_head(head_view, self.blocks, self._terms.methods, self.number)
-            size = HEAD_BYTES + head.size_bytes
-            end.fill(self._raw[HEAD_BYTES:size].data, idle=False)
-            if self._terms.checked:
-                self._check(head, size)
-            if len(head.pages):
-                self._put(head)
-            self._offset += size
+        while (head := self._receive_head(end)) is not None:
+            if head.packed:
+                self._receive_packed(end, head)
+            else:
+                self._receive_pages(end, head)
+            self._offset += head.size_bytes
             if head.sync:
                 self.syncs = True
                 synced()
@@ -156,30 +182,74 @@ class _Reader:
                 self._go_on.wait()
                 self._go_on.clear()
 
-    def _check(self, head: Head, size: int) -> None:
-        """Compare a packet with its checksum. Raises RemoteProtocolError."""
-        whole = self._raw[:size].data
-        whole[CHECKSUM_AT : CHECKSUM_AT + CHECKSUM_BYTES] = NO_CHECKSUM
-        if (found := xxh3_64_digest(whole)) != head.checksum:
-            raise RemoteProtocolError(
-                "what arrived is not what was sent: it changed on the way",
-                expected=f"checksum {head.checksum.hex()}",
-                found=found.hex(),
-            )
+    def _receive_head(self, end: BlockingSocket) -> Head | None:
+        form = self._terms.form
+        first = form.head_min_bytes
+        if not end.fill(self._head[:first].data, idle=True):
+            return None
+        size = form.head_bytes(parse_count(self._head[:first].data, form, self.number))
+        end.fill(self._head[first:size].data, idle=False)
+        head = parse_head(self._head[:size].data, self.blocks, self._terms.methods, self.number, form)
+        self._offset += size
+        return head
 
-    def _put(self, head: Head) -> None:
-        """Put the pages of a packet where they belong. Raises RemoteProtocolError, KernelError."""
-        content = self._raw[HEAD_BYTES : HEAD_BYTES + head.size_bytes]
-        if head.packed:
-            assert self._unpacker is not None
-            pages = self._unpacked[: len(head.pages) * PAGE]
-            self._unpacker.unpack(content.data, pages.data)
-            content = pages
+    def _receive_packed(self, end: BlockingSocket, head: Head) -> None:
+        """Unpack pages, and put them where they belong. Raises RemoteProtocolError, ChannelError, KernelError."""
+        assert self._unpacker is not None
+        packed = self._raw[: head.size_bytes].data
+        end.fill(packed, idle=False)
+        pages = self._unpacked[: len(head.pages) * PAGE]
+        self._unpacker.unpack(packed, pages.data)
+        self._put(head, 0, pages.reshape(-1, PAGE))
+
+    def _receive_pages(self, end: BlockingSocket, head: Head) -> None:
+        """Put pages where they belong as they come. Raises RemoteProtocolError, ChannelError, KernelError."""
+        runs = consecutive(head.pages)
+        if end.pours and runs and len(head.pages) >= LONG_RUN_PAGES * len(runs):
+            block = self.landing.block(head.block)
+            if block.page_size == PAGE:
+                for start, stop in runs:
+                    self._pour(end, head, block, start, stop)
+                return
+        for at in range(0, len(head.pages), PACKET_PAGES):
+            rows = self._raw[: min(PACKET_PAGES, len(head.pages) - at) * PAGE]
+            end.fill(rows.data, idle=False)
+            self._put(head, at, rows.reshape(-1, PAGE))
+
+    def _pour(self, end: BlockingSocket, head: Head, block: RamBlockPort, start: int, stop: int) -> None:
+        """Put pages start..stop-1 of a packet, which follow each other, into a block."""
+        first = int(head.pages[start])
+        pipe = self._pipe = self._pipe or Pipe()
+
+        def put(at: int, count: int) -> None:
+            with self._puts:
+                self._require_silence()
+                pipe.empty_into(block.memfd, first * PAGE + at, count)
+
+        end.pour((stop - start) * PAGE, pipe.entrance, put)
+        last = first + stop - start
+        self._compare(head, start, block.pages[first:last])
+        self._landed.parts.append((head.block, range(first, last)))
+
+    def _put(self, head: Head, start: int, rows: NDArray[np.uint8]) -> None:
+        """Put pages of a packet, from the one with number ``start`` on, where they belong."""
+        pages = head.pages[start : start + len(rows)]
+        self._compare(head, start, rows)
         with self._puts:
-            if self.listens:
-                raise RemoteProtocolError("pages over a multifd channel", expected="none from LISTEN on")
-            parts = self.landing.put(PageRun(head.block, head.pages, content.reshape(-1, PAGE)))
-        self._landed += [(head.block, part) for part in parts]
+            self._require_silence()
+            parts = self.landing.put(PageRun(head.block, pages, rows))
+        self._landed.parts += [(head.block, part) for part in parts]
+
+    def _require_silence(self) -> None:
+        if self.listens:
+            raise RemoteProtocolError("pages over a multifd channel", expected="none from LISTEN on")
+
+    def _compare(self, head: Head, start: int, rows: NDArray[np.uint8]) -> None:
+        """Compare pages with their sums at the source, where those are known."""
+        if head.sums is not None:
+            wrong = page_sums(rows) != head.sums[start : start + len(rows)]
+            if wrong.any():
+                self._landed.doubted.append((head.block, head.pages[start : start + len(rows)][wrong]))
 
 
 class MultifdLoad:
@@ -193,7 +263,7 @@ class MultifdLoad:
     def end(self) -> None:
         """Forget the channels. Twice does no harm."""
         self._readers: list[_Reader] = []
-        self._terms = _Terms((PLAIN,), checked=False, syncs_in_postcopy=False)
+        self._terms = _Terms((PLAIN,), QEMU_FORM, syncs_in_postcopy=False)
         self._silence_timeout_s: Callable[[], float] = lambda: 0.0
         self._listens = False
         self._landing: Landing = _Nowhere()
@@ -209,13 +279,16 @@ class MultifdLoad:
         checked: bool,
         from_qemu: bool,
     ) -> None:
-        """Take pages from these, packed by one of ``methods``. ``checked``: each packet has its checksum."""
-        self._terms = _Terms(methods, checked, from_qemu)
+        """Take pages from these, packed by one of ``methods``. ``checked``: each page has its sum."""
+        form = QEMU_FORM if from_qemu else CHECKED_FORM if checked else LONG_FORM
+        self._terms = _Terms(methods, form, from_qemu)
         self._silence_timeout_s = silence_timeout_s
         ends: Sequence[Unpacker | None] = unpackers(methods[-1], len(channels)) or [None] * len(channels)
-        pairs = zip(channels, ends, strict=True)
+        # Who waits for another one's write into the same memfd spins in the kernel; here it sleeps.
+        puts = threading.Lock()
         self._readers = [
-            _Reader(number, channel, self._terms, unpacker) for number, (channel, unpacker) in enumerate(pairs)
+            _Reader(number, channel, self._terms, unpacker, puts)
+            for number, (channel, unpacker) in enumerate(zip(channels, ends, strict=True))
         ]
 
     async def receive(self) -> None:
@@ -266,10 +339,12 @@ class MultifdLoad:
                 raise self._broken
             self._changed.clear()
             await self._wait_changed()
-        landed = [one for reader in self._readers for one in reader.go_on()]
+        landed = [reader.go_on() for reader in self._readers]
         # In order, runs of different channels that follow each other are one.
-        for block, part in sorted(landed, key=_first_page):
+        for block, part in sorted((part for one in landed for part in one.parts), key=_first_page):
             self._landing.arrived(block, part)
+        for block, pages in (pages for one in landed for pages in one.doubted):
+            self._landing.doubt(block, pages)
 
     async def _wait_changed(self) -> None:
         """Wait until a channel has its SYNC, or is broken. Raises ChannelTimeout once all are silent."""

@@ -290,7 +290,9 @@ class PostcopySavePort(Protocol):
 class MultifdSavePort(Protocol):
     """The source's channels for pages."""
 
-    def begin(self, channels: Sequence[SocketChannel], methods: Sequence[PacketFlag], level: int) -> None:
+    def begin(
+        self, channels: Sequence[SocketChannel], methods: Sequence[PacketFlag], level: int, *, to_qemu: bool
+    ) -> None:
         """Send pages over these from the next setup on, packed by one of ``methods``."""
         ...
 
@@ -315,7 +317,7 @@ class MultifdLoadPort(Protocol):
         checked: bool,
         from_qemu: bool,
     ) -> None:
-        """Take pages from these, packed by one of ``methods``. ``checked``: every packet has a checksum."""
+        """Take pages from these, packed by one of ``methods``. ``checked``: every page has a sum."""
         ...
 
     async def receive(self) -> None:

@@ -19,6 +19,7 @@ from typing import TypeVar, cast
 import numpy as np
 
 from migrated.errors import (
+    CHANGED,
     ChannelError,
     ChannelTimeout,
     MigratedError,
@@ -112,7 +113,7 @@ class IncomingStream:
         self._summed = self._start
         if (found := self._checksum.take()) != checksum:
             raise RemoteProtocolError(
-                "what arrived is not what was sent: it changed on the way",
+                CHANGED,
                 section=self.section,
                 offset=self.offset,
                 expected=f"checksum {checksum.hex()}",

@@ -5,19 +5,24 @@ thread, and nothing else sends or receives there. The thread has a descriptor of
 under its hands; `interrupt`, from any thread, makes every call return.
 
 What a page costs is what the kernel does for it, and there the GIL is free: two threads move pages at once, and a
-thread has one call for half a MiB where the event loop has several and waits between them.
+thread has one call for some MiB where the event loop has several and waits between them. Pages need not come into this
+process at all: `send_file` hands the pages of a memfd to the socket as they lie there (sendfile), and `pour` moves
+what comes through a pipe into one (splice), by one copy into memory that is not zeroed before.
 
 Source: socket(7), SO_RCVTIMEO and SO_SNDTIMEO; recv(2), MSG_WAITALL. They count all that one call has waited, so a peer
-that sends a byte every now and then is noticed as one that is silent is.
+that sends a byte every now and then is noticed as one that is silent is. sendfile(2), splice(2).
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import struct
 import time
+from collections.abc import Callable
+from functools import partial
 
 from migrated.errors import ChannelClosed, ChannelTimeout
 from migrated.transport.channel import PATIENCE, SocketChannel
@@ -47,32 +52,78 @@ class BlockingSocket:
         """Who is at the other end."""
         return self._channel.peer
 
-    def send(self, data: memoryview) -> None:
-        """Send all of it. Raises ChannelTimeout where the peer takes no byte, ChannelClosed."""
-        self._send(data)
+    def send(self, data: memoryview, *, more: bool = False) -> None:
+        """Send all of it; ``more``: something follows at once.
+
+        Raises ChannelTimeout where the peer takes no byte, ChannelClosed.
+        """
+        self._send(data, socket.MSG_NOSIGNAL | (socket.MSG_MORE if more else 0))
         self._channel.bytes_sent += len(data)
 
-    def _send(self, data: memoryview) -> None:
+    def _send(self, data: memoryview, flags: int = socket.MSG_NOSIGNAL) -> None:
         while data:
-            try:
-                data = data[self._sock.send(data, socket.MSG_NOSIGNAL) :]
-            except BlockingIOError as error:
-                text = f"the peer took no byte for {self._silence_s:g} s"
-                raise ChannelTimeout(text, peer=self.peer, phase="sending") from error
-            except OSError as error:
-                raise self._closed() or self._channel.converted("write to", "sending", error) from error
+            data = data[self._outgoing(partial(self._sock.send, data, flags)) :]
+
+    def send_file(self, fd: int, offset: int, data: memoryview) -> None:
+        """Send what ``fd`` has from ``offset`` on, as it is when it leaves: ``data`` is a mapping of the same.
+
+        What the file has no more is sent as ``data`` has it. Raises ChannelTimeout, ChannelClosed.
+        """
+        sent, own = 0, self._sock.fileno()
+        while sent < len(data):
+            count = self._outgoing(partial(_sendfile, own, fd, offset + sent, len(data) - sent))
+            if not count:
+                break
+            sent += count
+        self._channel.bytes_sent += sent
+        if sent < len(data):
+            self.send(data[sent:])
+
+    def _outgoing(self, call: Callable[[], int]) -> int:
+        try:
+            return call()
+        except BlockingIOError as error:
+            text = f"the peer took no byte for {self._silence_s:g} s"
+            raise ChannelTimeout(text, peer=self.peer, phase="sending") from error
+        except OSError as error:
+            raise self._closed() or self._channel.converted("write to", "sending", error) from error
 
     def fill(self, view: memoryview, *, idle: bool) -> bool:
         """Receive exactly as much as fits; False where the stream ended before the first byte.
 
         ``idle``: that one may take as long as it likes. Raises ChannelTimeout where it takes too long, ChannelClosed.
         """
+        return self._all(len(view), lambda got: self._receive(view[got:]), idle=idle)
+
+    @property
+    def pours(self) -> bool:
+        """Whether what comes can be moved without having been looked at."""
+        return True
+
+    def pour(self, size: int, entrance: int, put: Callable[[int, int], None]) -> None:
+        """Receive exactly ``size`` bytes into a pipe, which ``put`` empties, piece by piece.
+
+        It is called with how many bytes came before, and how many are in the pipe. Raises as `fill` does, and what
+        ``put`` raises.
+        """
+        own = self._sock.fileno()
+
+        def receive(got: int) -> int | None:
+            count = self._incoming(lambda: os.splice(own, entrance, size - got))
+            if count:
+                self._channel.bytes_received += count
+                put(got, count)
+            return count
+
+        self._all(size, receive, idle=False)
+
+    def _all(self, size: int, receive: Callable[[int], int | None], *, idle: bool) -> bool:
         got, since = 0, time.monotonic()
-        while got < len(view):
+        while got < size:
             # What has come already can still be received behind the end.
             if closed := self._closed():
                 raise closed
-            count = self._receive(view[got:])
+            count = receive(got)
             if count == 0:
                 if got or not idle:
                     raise ChannelClosed("it ended within a packet", peer=self.peer, phase="receiving")
@@ -83,7 +134,7 @@ class BlockingSocket:
             if not got:
                 since = now
             got += count or 0
-            if got < len(view) and got and now - since > PATIENCE * self._silence_s:
+            if got < size and got and now - since > PATIENCE * self._silence_s:
                 text = f"the peer sends too slowly: not one packet in {PATIENCE * self._silence_s:g} s"
                 raise ChannelTimeout(text, peer=self.peer)
         return True
@@ -95,8 +146,11 @@ class BlockingSocket:
         return count
 
     def _receive_raw(self, view: memoryview, flags: int) -> int | None:
+        return self._incoming(lambda: self._sock.recv_into(view, 0, flags))
+
+    def _incoming(self, call: Callable[[], int]) -> int | None:
         try:
-            count = self._sock.recv_into(view, 0, flags)
+            count = call()
         except BlockingIOError:
             return None
         except OSError as error:
@@ -129,11 +183,20 @@ class BlockingTls(BlockingSocket):
         self._tls = channel
         self._buffer = memoryview(bytearray(BATCH_BYTES))
 
-    def send(self, data: memoryview) -> None:
+    def send(self, data: memoryview, *, more: bool = False) -> None:
         """Send all of it. Raises ChannelTimeout where the peer takes no byte, ChannelClosed."""
         for start in range(0, len(data), BATCH_BYTES):
             self._send(self._tls.encrypted(data[start : start + BATCH_BYTES]))
         self._channel.bytes_sent += len(data)
+
+    def send_file(self, fd: int, offset: int, data: memoryview) -> None:
+        """Send it encrypted, from the mapping."""
+        self.send(data)
+
+    @property
+    def pours(self) -> bool:
+        """No: it has to be decrypted."""
+        return False
 
     def _receive(self, view: memoryview) -> int | None:
         while (count := self._tls.decrypt(view)) is None:
@@ -142,6 +205,16 @@ class BlockingTls(BlockingSocket):
                 return None
             self._tls.feed(self._buffer[:received])
         return count
+
+
+def _sendfile(out: int, fd: int, offset: int, count: int) -> int:
+    """Return how much was sent; 0 where ``fd`` has nothing of the kind (`machine.retired`)."""
+    try:
+        return os.sendfile(out, fd, offset, count)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return 0
+        raise
 
 
 def blocking(channel: SocketChannel) -> BlockingSocket:

@@ -1,14 +1,17 @@
 """Multifd: the packets of the channels that carry pages beside the main stream.
 
-The rule of the file: a packet is one head of HEAD_BYTES, whole also when it says little, and the bytes of its pages,
-back to back. Nothing in a head is believed before it is compared with a limit: a packet is at most PACKET_PAGES pages.
+The rule of the file: a packet is a head and the bytes of its pages, back to back. Nothing in a head is believed before
+it is compared with a limit: a packet has at most as many pages as its form has room for.
 
     channel  initial packet: be32 magic, be32 version, 16 bytes uuid, u8 number, zeros up to INITIAL_BYTES
              [ be32 magic, be32 version, be32 flags, be32 room in pages, be32 pages, be32 bytes that follow,
-               be64 packet number, 32 bytes unused, 256 bytes block name, 128 x be64 offset, the bytes ]*
+               be64 packet number, 24 bytes unused, be64 checksum, 256 bytes block name,
+               be64 offset of each page, be64 sum of each page, the bytes ]*
 
-A QEMU 7.2 leaves in a packet without pages what the one before had in size, name and offsets: none of it is looked at.
-Between two `migrated` daemons the last unused word is the XXH3 of the whole packet, with zero in that place.
+A QEMU's form has no checksum (zero) and no sums, and its array of offsets is always as long as there is room; what a
+QEMU 7.2 leaves there, and in a packet without pages in size and name, is not looked at. Between two daemons packets are
+longer, arrays are as long as there are pages, and with checksums each page has its sum and the head its XXH3, the word
+itself taken as zero. A page that is still written to may differ from its sum: it comes again then (`ram.multifd_load`).
 
 Source of the format: QEMU 7.2, multifd; error texts are QEMU's where QEMU has one.
 """
@@ -23,8 +26,9 @@ from uuid import UUID
 
 import numpy as np
 from numpy.typing import NDArray
+from xxhash import xxh3_64_digest
 
-from migrated.errors import RemoteProtocolError
+from migrated.errors import CHANGED, RemoteProtocolError
 from migrated.wire.primitives import decode_name
 from migrated.wire.ram import PAGE, PAGE_SHIFT, Bytes, Pages
 
@@ -40,13 +44,16 @@ NAME_BYTES = 256
 PACKET_PAGES = 128
 PACKET_BYTES = PACKET_PAGES * PAGE
 OFFSETS_AT = 64 + NAME_BYTES
-HEAD_BYTES = OFFSETS_AT + 8 * PACKET_PAGES
 CHECKSUM_AT = 56
 CHECKSUM_BYTES = 8
+#: Between two daemons: 4 MiB, for which what is done in Python hardly counts.
+LONG_PACKET_PAGES = 1024
 
 _INITIAL = struct.Struct(">II16sB39x")
 _HEAD = struct.Struct(f">IIIIIIQ24x{CHECKSUM_BYTES}s{NAME_BYTES}s")
 _WORD = np.dtype(">u8")
+_SUM_WORD = np.dtype("<u8")
+Sums = NDArray[np.uint64]
 assert _INITIAL.size == INITIAL_BYTES
 assert _HEAD.size == OFFSETS_AT
 
@@ -65,8 +72,41 @@ _METHODS = 7 << 1
 _KNOWN = _SYNC | _METHODS
 #: Pages as they are.
 PLAIN = PacketFlag(0)
+NO_CHECKSUM = bytes(CHECKSUM_BYTES)
 #: What packed pages may take: they may get longer by it, but not by much.
 PACKED_MAX_BYTES = 2 * PACKET_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How the packets of a channel are made."""
+
+    room: int
+    """Pages of a packet, at most."""
+    fixed: bool = False
+    """The array of offsets is as long as there is room, and not as there are pages."""
+    checked: bool = False
+    """Each page has a sum, and each head a checksum."""
+
+    def head_bytes(self, count: int) -> int:
+        """Return how long the head of a packet with ``count`` pages is."""
+        return OFFSETS_AT + 8 * (self.room if self.fixed else count) * (2 if self.checked else 1)
+
+    @property
+    def head_min_bytes(self) -> int:
+        """What is there of each head."""
+        return self.head_bytes(0)
+
+    @property
+    def head_max_bytes(self) -> int:
+        """What a head takes at most."""
+        return self.head_bytes(self.room)
+
+
+QEMU_FORM = Form(PACKET_PAGES, fixed=True)
+#: Between two daemons.
+LONG_FORM = Form(LONG_PACKET_PAGES)
+CHECKED_FORM = Form(LONG_PACKET_PAGES, checked=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +126,8 @@ class Head:
     pages: Pages = field(default_factory=lambda: np.empty(0, np.int64))
     size_bytes: int = 0
     packed: bool = False
-    checksum: bytes = bytes(CHECKSUM_BYTES)
+    sums: Sums | None = None
+    """What `page_sums` said of the pages at the source."""
 
 
 def encode_initial(initial: Initial) -> bytes:
@@ -108,51 +149,84 @@ def encode_head(
     out: Bytes,
     block: str,
     pages: Pages,
+    form: Form = QEMU_FORM,
     *,
     number: int = 0,
     flags: PacketFlag = PLAIN,
     size_bytes: int | None = None,
+    sums: Sums | None = None,
 ) -> None:
-    """Write the head of a packet with these pages, none of them for a SYNC, to the front of ``out``.
+    """Write the head of a packet with these pages, none of them for a SYNC, to ``out``, which is as long as it is.
 
-    ``size_bytes``: how much follows, where it is packed.
+    ``size_bytes``: how much follows, where it is packed. ``sums``: of the pages, where the form has them.
     """
     size = len(pages) * PAGE if size_bytes is None else size_bytes
-    head = _HEAD.pack(
-        MAGIC, VERSION, flags, PACKET_PAGES, len(pages), size, number, bytes(CHECKSUM_BYTES), block.encode()
-    )
+    head = _HEAD.pack(MAGIC, VERSION, flags, form.room, len(pages), size, number, NO_CHECKSUM, block.encode())
     out[:OFFSETS_AT] = np.frombuffer(head, np.uint8)
-    offsets = out[OFFSETS_AT:HEAD_BYTES].view(_WORD)
-    offsets[: len(pages)] = pages << PAGE_SHIFT
-    offsets[len(pages) :] = 0
+    words = out[OFFSETS_AT:].view(_WORD)
+    words[: len(pages)] = pages << PAGE_SHIFT
+    words[len(pages) :] = sums if form.checked and sums is not None else 0
+    if form.checked:
+        out[CHECKSUM_AT : CHECKSUM_AT + CHECKSUM_BYTES] = np.frombuffer(xxh3_64_digest(out.data), np.uint8)
 
 
-def parse_head(raw: memoryview, blocks: Mapping[str, int], methods: Sequence[PacketFlag], channel: int) -> Head:
-    """Parse HEAD_BYTES of a channel whose pages are packed by one of ``methods``.
+def parse_count(raw: memoryview, form: Form, channel: int) -> int:
+    """Return how many pages the head has that begins with ``raw``, at least OFFSETS_AT bytes of it.
 
-    ``blocks`` maps names to lengths in bytes. Raises RemoteProtocolError.
+    Raises RemoteProtocolError.
     """
-    magic, version, flags, room, count, size, _, checksum, name = _HEAD.unpack_from(raw)
+    magic, version, flags, room, count, *_ = _HEAD.unpack_from(raw)
     _check_begin(magic, version)
     if flags & ~_KNOWN:
         raise _refusal(f"multifd {channel}: unknown flags {flags:x}")
-    if room > PACKET_PAGES:
-        raise _refusal(f"multifd: received packet with {room} pages and expected maximum pages are {PACKET_PAGES}")
+    if room > form.room:
+        raise _refusal(f"multifd: received packet with {room} pages and expected maximum pages are {form.room}")
     if count > room:
         raise _refusal(f"multifd: received packet with {count} normal pages and expected maximum pages are {room}")
+    return int(count)
+
+
+def parse_head(
+    raw: memoryview,
+    blocks: Mapping[str, int],
+    methods: Sequence[PacketFlag],
+    channel: int,
+    form: Form = QEMU_FORM,
+) -> Head:
+    """Parse the head of a packet of a channel whose pages are packed by one of ``methods``, whole.
+
+    ``blocks`` maps names to lengths in bytes. The checksum's word in ``raw`` is zero afterwards, where there is one.
+    Raises RemoteProtocolError.
+    """
+    count = parse_count(raw, form, channel)
+    if form.checked:
+        _check_head(raw)
+    _, _, flags, _, _, size, _, _, name = _HEAD.unpack_from(raw)
     sync = bool(flags & _SYNC)
     if not count:
-        return Head(sync, checksum=checksum)
+        return Head(sync)
     method = flags & _METHODS
     if method not in methods:
         raise _refusal(f"multifd {channel}: flags received {method:x} flags expected {methods[-1]:x}")
     block = decode_name(name.partition(b"\0")[0], "a block name")
     if block not in blocks:
         raise _refusal(f"multifd: unknown ram block {block}")
-    if method and size > PACKED_MAX_BYTES:
-        raise _refusal(f"multifd {channel}: {size} bytes of packed pages", expected=f"at most {PACKED_MAX_BYTES}")
+    if method and (size > PACKED_MAX_BYTES or count > PACKET_PAGES):
+        raise _refusal(
+            f"multifd {channel}: {size} bytes of {count} packed pages",
+            expected=f"at most {PACKED_MAX_BYTES} of {PACKET_PAGES}",
+        )
     pages = _parse_pages(raw, count, blocks[block])
-    return Head(sync, block, pages, size if method else count * PAGE, bool(method), checksum)
+    sums = np.frombuffer(raw, _WORD, count, OFFSETS_AT + 8 * count).astype(np.uint64) if form.checked else None
+    return Head(sync, block, pages, size if method else count * PAGE, bool(method), sums)
+
+
+def _check_head(raw: memoryview) -> None:
+    end = CHECKSUM_AT + CHECKSUM_BYTES
+    checksum = bytes(raw[CHECKSUM_AT:end])
+    raw[CHECKSUM_AT:end] = NO_CHECKSUM
+    if (found := xxh3_64_digest(raw)) != checksum:
+        raise _refusal(CHANGED, expected=f"checksum {checksum.hex()}", found=found.hex())
 
 
 def _parse_pages(raw: memoryview, count: int, length: int) -> Pages:
@@ -166,6 +240,15 @@ def _parse_pages(raw: memoryview, count: int, length: int) -> Pages:
     return pages
 
 
+def page_sums(rows: Bytes) -> Sums:
+    """Return a sum for each page, a row of ``rows`` each: of its little-endian words of 64 bits, whatever overflows.
+
+    It costs no more than reading the page does; a checksum that is made page by page in Python costs three times that.
+    """
+    sums: Sums = np.add.reduce(rows.view(_SUM_WORD), axis=1, dtype=np.uint64)
+    return sums
+
+
 def _check_begin(magic: int, version: int) -> None:
     if magic != MAGIC:
         raise _refusal(f"multifd: received packet magic {magic:x} expected {MAGIC:x}")
@@ -173,5 +256,5 @@ def _check_begin(magic: int, version: int) -> None:
         raise _refusal(f"multifd: received packet version {version} expected {VERSION}")
 
 
-def _refusal(what: str, *, expected: str = "") -> RemoteProtocolError:
-    return RemoteProtocolError(what, section="multifd", expected=expected)
+def _refusal(what: str, *, expected: str = "", found: str = "") -> RemoteProtocolError:
+    return RemoteProtocolError(what, section="multifd", expected=expected, found=found)

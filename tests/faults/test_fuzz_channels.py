@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from migrated.wire.multifd import HEAD_BYTES, Initial, PacketFlag, encode_head, encode_initial
+from migrated.wire.multifd import LONG_FORM, PLAIN, QEMU_FORM, Form, Initial, PacketFlag, encode_head, encode_initial
 from migrated.wire.packing import METHODS, Packer, packers
 from migrated.wire.xbzrle import encode_delta
 from tests.faults.test_fuzz_daemon import BUGS, ROUNDS, SEED, SIZES
 from tests.support import craft
 from tests.support.craft import CONTINUE, DELTA, PAGE, PART, ZERO
 from tests.support.holding_site import HoldingSite
-from tests.support.hostile import BLOCKS, LEAD, MEMORY, RAM, TAIL
+from tests.support.hostile import BLOCKS, HEAD, LEAD, MEMORY, RAM, TAIL
 from tests.support.mutate import EDGES
 from tests.support.target import Target
 from tests.support.visit import Visit
@@ -47,20 +47,41 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
         yield target
 
 
-def packet(block: str, pages: list[int], flags: PacketFlag, packer: Packer | None) -> bytes:
+def packet(
+    block: str, pages: list[int], flags: PacketFlag, packer: Packer | None = None, form: Form = QEMU_FORM
+) -> bytes:
     content = b"".join(MEMORY[block][page * PAGE : (page + 1) * PAGE] for page in pages)
     packed = packer.pack(content) if packer is not None and pages else content
-    head = np.zeros(HEAD_BYTES, np.uint8)
-    encode_head(head, block if pages else "", np.array(pages, np.int64), flags=flags, size_bytes=len(packed))
+    head = np.zeros(form.head_bytes(len(pages)), np.uint8)
+    name = block if pages else ""
+    encode_head(head, name, np.array(pages, np.int64), form, flags=flags, size_bytes=len(packed))
     return head.tobytes() + packed
 
 
 def channel(number: int, pages: list[int], method: PacketFlag) -> Pieces:
     """A channel that brings some pages of mem0, two in a packet: SYNCs for the beginning, for them, and for the end."""
     packer = packers(method, 1, 1)[0] if method else None
-    sync = packet("", [], PacketFlag.SYNC, None)
+    sync = packet("", [], PacketFlag.SYNC)
     packets = [packet("mem0", pages[at : at + 2], method, packer) for at in range(0, len(pages), 2)]
     return [encode_initial(Initial(number)), sync, *packets, sync, sync]
+
+
+def from_a_daemon() -> list[Pieces]:
+    """The same as a `migrated` source sends it: packets as long as they are, of runs that are poured."""
+    other = craft.ram_part(craft.pages("vram", MEMORY["vram"]), PART)
+    count = BLOCKS["mem0"] // PAGE // CHANNELS
+    sync = packet("", [], PacketFlag.SYNC, form=LONG_FORM)
+    channels = [
+        [
+            encode_initial(Initial(number)),
+            sync,
+            packet("mem0", list(range(number * count, (number + 1) * count)), PLAIN, form=LONG_FORM),
+            sync,
+            sync,
+        ]
+        for number in range(CHANNELS)
+    ]
+    return [[HEAD, craft.open_return_path(craft.OUR_PING), RAM, other, END], *channels]
 
 
 def over_channels(method: PacketFlag) -> list[Pieces]:
@@ -98,7 +119,7 @@ def flip(generator: random.Random, pieces: Pieces) -> None:
 
 def number(generator: random.Random, pieces: Pieces) -> None:
     at, data = _pick(generator, pieces)
-    where, size = generator.choice(NUMBERS) if len(data) >= HEAD_BYTES else (generator.randrange(len(data)), 2)
+    where, size = generator.choice(NUMBERS) if len(data) > 336 else (generator.randrange(len(data)), 2)
     data[where : where + size] = craft.number(generator.choice(EDGES) % (1 << 8 * size), size)
     pieces[at] = bytes(data)
 
@@ -194,6 +215,7 @@ KINDS = {
     "plain or zstd": ("auto", over_channels(PacketFlag.ZSTD)),
     "plain": ("auto", over_channels(PacketFlag(0))),
     "zlib": ("zlib", over_channels(PacketFlag.ZLIB)),
+    "from a daemon": ("none", from_a_daemon()),
     "deltas": ("none", by_deltas()),
 }
 

@@ -12,7 +12,7 @@ import pytest
 
 from migrated.demo.site import Site
 from migrated.errors import CommandError
-from migrated.wire.multifd import HEAD_BYTES, INITIAL_BYTES, Initial, encode_initial
+from migrated.wire.multifd import CHECKED_FORM, INITIAL_BYTES, OFFSETS_AT, Initial, encode_initial
 from tests.integration.conftest import MIB, MakePager
 from tests.integration.test_pager import assert_sound, start_pair
 from tests.integration.test_postcopy import follow
@@ -210,7 +210,23 @@ def test_a_channel_that_breaks_ends_the_migration_and_is_named(pair: tuple[Site,
 def test_what_changes_on_the_way_is_noticed(pair: tuple[Site, Site]) -> None:
     a, b = pair
     speak_multifd(a, 1)
-    with Relay(address(b), {FIRST_CHANNEL: Plan(flip_at=INITIAL_BYTES + 3 * HEAD_BYTES + 100_000)}) as relay:
+    a.qmp.execute("stop")  # what is still written to is sent again
+    in_a_page = INITIAL_BYTES + 2 * CHECKED_FORM.head_max_bytes + 100_000
+    with Relay(address(b), {FIRST_CHANNEL: Plan(flip_at=in_a_page)}) as relay:
+        a.qmp.execute("migrate", {"uri": relay.uri})
+        said = wait_status(a, {"failed"})["error-desc"]
+    assert "what arrived is not what was sent: it changed on the way" in said
+    assert "1 others in block" in said
+    a.qmp.execute("cont")
+    assert_still_runs(a)
+    migrate(a, b)
+
+
+def test_a_head_that_changes_on_the_way_is_noticed(pair: tuple[Site, Site]) -> None:
+    a, b = pair
+    speak_multifd(a, 1)
+    sync_bytes = CHECKED_FORM.head_min_bytes
+    with Relay(address(b), {FIRST_CHANNEL: Plan(flip_at=INITIAL_BYTES + sync_bytes + OFFSETS_AT + 1)}) as relay:
         a.qmp.execute("migrate", {"uri": relay.uri})
         said = wait_status(a, {"failed"})["error-desc"]
     assert "what arrived is not what was sent: it changed on the way, expected checksum" in said

@@ -12,9 +12,21 @@ from hypothesis import strategies as st
 
 from migrated.errors import RemoteProtocolError
 from migrated.wire import multifd
-from migrated.wire.multifd import HEAD_BYTES, INITIAL_BYTES, PLAIN, Head, Initial, PacketFlag
+from migrated.wire.multifd import (
+    CHECKED_FORM,
+    INITIAL_BYTES,
+    LONG_FORM,
+    PLAIN,
+    QEMU_FORM,
+    Form,
+    Head,
+    Initial,
+    PacketFlag,
+    page_sums,
+)
 from migrated.wire.ram import PAGE
 
+HEAD_BYTES = QEMU_FORM.head_max_bytes
 BLOCKS = {"ram": 64 * PAGE, "rom": PAGE}
 OURS = UUID("00112233-4455-6677-8899-aabbccddeeff")
 
@@ -78,10 +90,10 @@ def test_a_wrong_initial_packet(at: int, put: bytes, text: str) -> None:
 
 
 def test_a_head_is_what_the_format_says() -> None:
-    out = np.full(HEAD_BYTES + 8, 0xEE, np.uint8)
+    out = np.full(HEAD_BYTES, 0xEE, np.uint8)
     multifd.encode_head(out, "ram", np.array([3, 1]), number=7)
-    assert out[:HEAD_BYTES].tobytes() == raw_head(count=2, size=2 * PAGE, offsets=(3 * PAGE, PAGE))
-    assert out[HEAD_BYTES:].tobytes() == b"\xee" * 8
+    assert out.tobytes() == raw_head(count=2, size=2 * PAGE, offsets=(3 * PAGE, PAGE))
+    assert [QEMU_FORM.head_bytes(count) for count in (0, 2, 128)] == [HEAD_BYTES] * 3 == [1344] * 3
 
 
 def test_a_sync_is_a_head_of_its_own() -> None:
@@ -117,10 +129,64 @@ def test_a_sync_with_pages_and_a_size_that_is_not_believed() -> None:
     assert (head.sync, head.pages.tolist(), head.size_bytes) == (True, [0, 63], 2 * PAGE)
 
 
-def test_a_checksum_is_handed_on() -> None:
-    raw = bytearray(raw_head())
-    raw[multifd.CHECKSUM_AT : multifd.CHECKSUM_AT + multifd.CHECKSUM_BYTES] = b"checksum"
-    assert parse(bytes(raw)).checksum == b"checksum"
+def own_head(form: Form, pages: list[int], sums: list[int] | None = None, flags: PacketFlag = PLAIN) -> bytearray:
+    """A head as one daemon writes it for another."""
+    out = np.full(form.head_bytes(len(pages)), 0xEE, np.uint8)
+    words = np.array(sums, np.uint64) if sums is not None else None
+    multifd.encode_head(out, "ram", np.array(pages, np.int64), form, number=7, flags=flags, sums=words)
+    return bytearray(out.tobytes())
+
+
+def parse_own(raw: bytearray, form: Form, *methods: PacketFlag) -> Head:
+    return multifd.parse_head(memoryview(raw), BLOCKS, methods or (PLAIN,), 3, form)
+
+
+@pytest.mark.parametrize(("form", "head_bytes"), [(LONG_FORM, 320 + 2 * 8), (CHECKED_FORM, 320 + 2 * 16)])
+def test_between_two_daemons_a_head_is_as_long_as_its_pages_are_many(form: Form, head_bytes: int) -> None:
+    sums = [2**64 - 1, 5] if form.checked else None
+    raw = own_head(form, [3, 1], sums)
+    assert len(raw) == head_bytes
+    assert multifd.parse_count(memoryview(raw)[: form.head_min_bytes], form, 3) == 2
+    head = parse_own(raw, form)
+    assert (head.pages.tolist(), head.size_bytes) == ([3, 1], 2 * PAGE)
+    assert (head.sums.tolist() if head.sums is not None else None) == sums
+
+
+def test_a_packet_of_a_daemon_may_have_more_pages_than_one_of_a_qemu() -> None:
+    pages = [page % 64 for page in range(1024)]
+    assert len(parse_own(own_head(LONG_FORM, pages), LONG_FORM).pages) == 1024
+    with pytest.raises(RemoteProtocolError, match="with 1025 pages and expected maximum pages are 1024"):
+        parse_own(bytearray(raw_head(room=1025)), LONG_FORM)
+
+
+@given(st.integers(0, CHECKED_FORM.head_bytes(3) - 1), st.integers(0, 7))
+def test_one_bit_of_a_checked_head(at: int, bit: int) -> None:
+    raw = own_head(CHECKED_FORM, [5, 6, 7], [1, 2, 3])
+    raw[at] ^= 1 << bit
+    with pytest.raises(RemoteProtocolError) as caught:
+        parse_own(raw, CHECKED_FORM)
+    assert "it changed on the way" in caught.value.what or caught.value.what.startswith("multifd")
+
+
+def test_packed_pages_between_two_daemons_are_no_more_than_a_qemus() -> None:
+    raw = own_head(LONG_FORM, [page % 64 for page in range(129)], flags=PacketFlag.ZSTD)
+    with pytest.raises(RemoteProtocolError, match="bytes of 129 packed pages, expected at most 1048576 of 128"):
+        parse_own(raw, LONG_FORM, PacketFlag.ZSTD)
+
+
+def test_the_sum_of_a_page_is_that_of_its_words() -> None:
+    rows = np.zeros((3, PAGE), np.uint8)
+    rows[1] = 255
+    rows[2, 8:16] = 7
+    assert page_sums(rows).tolist() == [0, 512 * (2**64 - 1) % 2**64, int.from_bytes(bytes([7] * 8), "little")]
+
+
+@given(st.integers(0, PAGE // 8 - 1), st.binary(min_size=8, max_size=8))
+def test_what_changes_in_one_word_is_another_sum(word: int, put: bytes) -> None:
+    before = np.random.default_rng(1).integers(0, 256, (1, PAGE), np.uint8)
+    after = before.copy()
+    after[0, 8 * word : 8 * word + 8] = np.frombuffer(put, np.uint8)
+    assert (page_sums(before)[0] == page_sums(after)[0]) == (before == after).all()
 
 
 def test_every_refusal() -> None:
@@ -134,7 +200,7 @@ def test_every_refusal() -> None:
     assert refusal(raw_head(name=b"other")) == "multifd: unknown ram block other"
     assert f"offset too long {64 * PAGE} (max {64 * PAGE})" in refusal(raw_head(offsets=(64 * PAGE,)))
     assert "offset too long 1 (max" in refusal(raw_head(offsets=(1,)))
-    assert "bytes of packed pages" in refusal(raw_head(flags=4, size=multifd.PACKED_MAX_BYTES + 1), PacketFlag.ZSTD)
+    assert "bytes of 1 packed pages" in refusal(raw_head(flags=4, size=multifd.PACKED_MAX_BYTES + 1), PacketFlag.ZSTD)
 
 
 def test_a_name_that_is_none() -> None:
