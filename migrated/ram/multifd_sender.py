@@ -28,6 +28,7 @@ from migrated.wire.multifd import (
     PLAIN,
     Form,
     PacketFlag,
+    Sums,
     encode_head,
     page_sums,
 )
@@ -35,8 +36,6 @@ from migrated.wire.packing import Packer
 from migrated.wire.ram import PAGE
 
 NO_PAGES = np.empty(0, np.int64)
-#: Pages that follow each other: the first one, and what is in them.
-Runs = list[tuple[int, NDArray[np.uint8]]]
 #: The longest head there is.
 _HEAD_ROOM_BYTES = CHECKED_FORM.head_max_bytes
 
@@ -138,25 +137,25 @@ class Sender:
 
     def _send_pages(self, job: Job, block: RamBlockPort, pages: NDArray[np.int64], report: Done) -> None:
         if not job.packs and _in_long_runs(pages):
-            runs = _views(block, pages)
-            zero = [first + zero_pages(rows.view(np.uint64)) for first, rows in runs]
-            if any(map(len, zero)):
-                report.zero += zero
-                pages = np.setdiff1d(pages, np.concatenate(zero), assume_unique=True)
-                runs = _views(block, pages) if _in_long_runs(pages) else []
-            if runs:
-                self._send_lying(job.form, block, pages, runs, report)
+            sums = np.concatenate([page_sums(rows) for _, rows in _views(block, pages)]) if job.form.checked else None
+            # Of zeros the sum is zero, so where none is there is nothing to look for.
+            if (sums is None or not sums.all()) and (zero := _zeros(block, pages)).any():
+                report.zero.append(pages[zero])
+                pages, sums = pages[~zero], sums[~zero] if sums is not None else None
+            if len(pages) and _in_long_runs(pages):
+                self._send_lying(job.form, block, pages, sums, report)
                 return
         for start in range(0, len(pages), PACKET_PAGES):
             self._send_copied(job, block, pages[start : start + PACKET_PAGES], report)
 
-    def _send_lying(self, form: Form, block: RamBlockPort, pages: NDArray[np.int64], runs: Runs, report: Done) -> None:
-        sums = np.concatenate([page_sums(rows) for _, rows in runs]) if form.checked else None
+    def _send_lying(
+        self, form: Form, block: RamBlockPort, pages: NDArray[np.int64], sums: Sums | None, report: Done
+    ) -> None:
         head = np.empty(form.head_bytes(len(pages)), np.uint8)
         encode_head(head, block.name, pages, form, number=next(self._numbers), sums=sums)
         began = time.monotonic()
         self._end.send(head.data, more=True)
-        for first, rows in runs:
+        for first, rows in _views(block, pages):
             if block.page_size == PAGE:
                 self._end.send_file(block.memfd, first * PAGE, rows.reshape(-1).data)
             else:
@@ -193,7 +192,17 @@ def _in_long_runs(pages: NDArray[np.int64]) -> bool:
     return len(pages) >= LONG_RUN_PAGES * len(consecutive(pages))
 
 
-def _views(block: RamBlockPort, pages: NDArray[np.int64]) -> Runs:
-    """Return the runs of pages where they lie."""
-    firsts = ((int(pages[start]), end - start) for start, end in consecutive(pages))
-    return [(first, block.pages[first : first + count]) for first, count in firsts]
+def _views(block: RamBlockPort, pages: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """Yield the runs of pages: the first one, and what is in them, where it lies."""
+    for start, end in consecutive(pages):
+        first = int(pages[start])
+        yield first, block.pages[first : first + end - start]
+
+
+def _zeros(block: RamBlockPort, pages: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Say of each page whether it is all zero at this moment."""
+    zero, start = np.zeros(len(pages), bool), 0
+    for _, rows in _views(block, pages):
+        zero[start + zero_pages(rows.view(np.uint64))] = True
+        start += len(rows)
+    return zero
