@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from migrated.errors import ChannelClosed, ChannelTimeout
+from migrated.errors import ChannelClosed, ChannelTimeout, KernelError
+from migrated.kernel.memory import create_memfd
+from migrated.kernel.splice import PIPE_BYTES, Pipe
 from migrated.transport.blocking import BlockingSocket, blocking
 from migrated.transport.channel import SocketChannel
 from migrated.transport.thread import in_own_thread
@@ -72,6 +75,95 @@ async def test_all_of_it_arrives_and_the_channels_go_on_afterwards(ends: Ends) -
     assert await far.receive_into(memoryview(more)) == 0
 
 
+@pytest.fixture
+def memfd() -> Iterator[tuple[int, bytes]]:
+    """One with more than a pipe holds, and what is in it."""
+    body = random.Random(1).randbytes(3 * PIPE_BYTES + 4096)
+    fd = create_memfd("test", len(body))
+    os.pwrite(fd, body, 0)
+    yield fd, body
+    os.close(fd)
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+async def test_what_lies_in_a_file_is_sent_from_there_or_from_its_mapping(
+    ends: Ends, memfd: tuple[int, bytes], is_there: bool
+) -> None:
+    near, far = ends
+    fd, body = memfd[0] if is_there else os.open(os.devnull, os.O_RDONLY), memfd[1]
+    got = bytearray(len(body) - 4096 + 4)
+
+    def send(end: BlockingSocket) -> None:
+        end.send(memoryview(b"head"), more=True)
+        end.send_file(fd, 4096, memoryview(body)[4096:])
+
+    def receive(end: BlockingSocket) -> None:
+        assert end.fill(memoryview(got), idle=False)
+
+    await asyncio.gather(in_thread_of(near, send), in_thread_of(far, receive))
+    assert got == b"head" + body[4096:]
+    assert near.bytes_sent == len(got)
+    if not is_there:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("ends", ["cleartext"], indirect=True)
+async def test_what_comes_is_poured_through_a_pipe_into_a_file(ends: Ends, memfd: tuple[int, bytes]) -> None:
+    near, far = ends
+    fd, body = create_memfd("poured", len(memfd[1]) + 8192), memfd[1]
+    before, pieces = open_fds(), []
+
+    def receive(end: BlockingSocket) -> None:
+        assert end.pours
+        pipe = Pipe()
+
+        def put(at: int, count: int) -> None:
+            pieces.append(count)
+            pipe.empty_into(fd, 8192 + at, count)
+
+        end.pour(len(body), pipe.entrance, put)
+        pipe.close()
+
+    await asyncio.gather(in_thread_of(near, lambda end: end.send(memoryview(body))), in_thread_of(far, receive))
+    assert os.pread(fd, len(body) + 8192, 0) == bytes(8192) + body
+    assert sum(pieces) == far.bytes_received == len(body)
+    assert open_fds() == before
+    os.close(fd)
+
+
+@pytest.mark.parametrize("ends", ["tls"], indirect=True)
+async def test_what_has_to_be_decrypted_is_not_poured(ends: Ends) -> None:
+    end = blocking(ends[1])
+    assert not end.pours
+    end.close()
+
+
+@pytest.mark.parametrize("ends", ["cleartext"], indirect=True)
+async def test_a_pour_ends_as_any_other_wait_does(ends: Ends) -> None:
+    near, far = ends
+    far.silence_timeout_s = 0.02
+    pipe, came = Pipe(), 0
+
+    def put(at: int, count: int) -> None:
+        nonlocal came
+        assert at == came
+        came += count
+
+    def receive(end: BlockingSocket) -> None:
+        with pytest.raises(ChannelTimeout, match=r"the peer sent nothing for 0\.02 s"):
+            end.pour(10, pipe.entrance, put)
+        near.abort()
+        with pytest.raises(ChannelClosed):
+            end.pour(10, pipe.entrance, put)
+
+    await near.send(b"1234")
+    await in_thread_of(far, receive)
+    assert came == 4
+    with pytest.raises(KernelError, match="splice: EBADF"):
+        pipe.empty_into(-1, 0, 1)
+    pipe.close()
+
+
 async def test_an_end_is_one_in_order_only_between_two_packets(ends: Ends) -> None:
     near, far = ends
     room = bytearray(4)
@@ -110,12 +202,15 @@ async def test_silence_between_packets_is_none_and_within_one_it_is(ends: Ends) 
 async def test_a_peer_that_takes_nothing(ends: Ends) -> None:
     near, _ = ends
     near.silence_timeout_s = 0.05
+    fd = create_memfd("sent", 64 << 20)
 
     def send(end: BlockingSocket) -> None:
-        with pytest.raises(ChannelTimeout, match=r"the peer took no byte for 0\.05 s"):
-            end.send(memoryview(bytes(64 << 20)))
+        for call in (end.send, partial(end.send_file, fd, 0)):
+            with pytest.raises(ChannelTimeout, match=r"the peer took no byte for 0\.05 s"):
+                call(memoryview(bytes(64 << 20)))
 
     await in_thread_of(near, send)
+    os.close(fd)
 
 
 async def test_a_thread_that_waits_is_ended_with_its_task_and_leaves_nothing(ends: Ends) -> None:
