@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
 
@@ -35,11 +36,14 @@ from migrated.wire.packing import Packer, packers
 from migrated.wire.ram import PAGE
 from migrated.wire.ram_encoder import RamEncoder
 
-#: What a thread is given at a time, so that the handing over hardly counts.
-JOB_PAGES = LONG_PACKET_PAGES
+#: What a thread is given at a time: as much as takes it so long, so that the handing over hardly counts, and nobody
+#: waits long for the end of what is under way.
+JOB_S = 0.02
+JOB_MIN_PAGES, JOB_MAX_PAGES = 16, LONG_PACKET_PAGES
+#: Before it is known how long that takes.
+JOB_FIRST_PAGES = 1024
 #: Where the rate is limited, so many jobs of each channel make up what may be sent in a second.
 JOBS_PER_SECOND = 80
-JOB_MIN_PAGES = 16
 #: One that a channel sends, and one that it finds when it has done that.
 JOBS_PER_LANE = 2
 
@@ -70,12 +74,13 @@ class _Lane:
         def work() -> None:
             sender = Sender(end, numbers, self._packer, self._method)
             while (job := self._jobs.get()) is not None:
-                report = Done(job.block, [])
+                report, began = Done(job.block, [], len(job.pages)), time.monotonic()
                 try:
                     if self.broken is None:
                         sender.do(job, report)
                 except ChannelError as error:
                     self.broken = named(error, self.number)
+                report.took_s = time.monotonic() - began
                 loop.call_soon_threadsafe(done, self, report)
 
         def stop() -> None:
@@ -108,6 +113,7 @@ class MultifdSave:
         self._packs = False
         self._to_qemu = True
         self._encoder = RamEncoder()
+        self._job_pages = JOB_FIRST_PAGES
         self._done: list[Done] = []
         """What has become of jobs, and was not told yet."""
         self._changed = asyncio.Event()
@@ -147,9 +153,9 @@ class MultifdSave:
     def capacity(self, f: OutgoingStream, block: RamBlockPort) -> int:
         """Return how many pages of a block `send` takes."""
         if (limit_bps := f.limit_bps) is None:
-            return JOB_PAGES
+            return self._job_pages
         share = int(limit_bps / JOBS_PER_SECOND) // (len(self._lanes) * PAGE)
-        return min(max(share, JOB_MIN_PAGES), JOB_PAGES)
+        return min(max(share, JOB_MIN_PAGES), self._job_pages)
 
     def put_zeros(self, f: OutgoingStream, block: RamBlockPort, pages: NDArray[np.int64]) -> None:
         """Put records that say that pages are zero on the main stream."""
@@ -197,6 +203,8 @@ class MultifdSave:
         """Count what was done, and tell of pages that are zero. Raises ChannelError where a channel is broken."""
         done, self._done = self._done, []
         for one in done:
+            if one.pages:
+                self._job_pages = next_job_pages(self._job_pages, one)
             self._stats.normal += one.normal
             self._stats.multifd_bytes += one.sent_bytes
             f.account(one.sent_bytes)
@@ -209,6 +217,13 @@ class MultifdSave:
             if lane.broken is not None:
                 raise lane.broken
         await f.drain()
+
+
+def next_job_pages(pages: int, done: Done) -> int:
+    """Return how many pages the next job is to have, where ``pages`` is what it would have had before this one."""
+    fitting = int(done.pages * JOB_S / max(done.took_s, JOB_S / JOB_MAX_PAGES))
+    # One that was held up by something else, or had nothing to do, is no rule for the others.
+    return min(max(fitting, pages // 2, JOB_MIN_PAGES), 2 * pages, JOB_MAX_PAGES)
 
 
 def _given(lane: _Lane) -> int:

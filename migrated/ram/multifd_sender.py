@@ -26,6 +26,7 @@ from migrated.wire.multifd import (
     CHECKED_FORM,
     PACKET_PAGES,
     PLAIN,
+    QEMU_FORM,
     Form,
     PacketFlag,
     Sums,
@@ -36,8 +37,9 @@ from migrated.wire.packing import Packer
 from migrated.wire.ram import PAGE
 
 NO_PAGES = np.empty(0, np.int64)
-#: The longest head there is.
-_HEAD_ROOM_BYTES = CHECKED_FORM.head_max_bytes
+#: The longest head of pages that are copied.
+_HEAD_ROOM_BYTES = CHECKED_FORM.head_bytes(PACKET_PAGES)
+assert _HEAD_ROOM_BYTES >= QEMU_FORM.head_max_bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,6 +59,9 @@ class Done:
     block: RamBlockPort | None
     zero: list[NDArray[np.int64]]
     """Pages that are for the main stream to tell."""
+    pages: int = 0
+    """How many it had."""
+    took_s: float = 0.0
     normal: int = 0
     sent_bytes: int = 0
     pack_s: float = 0.0

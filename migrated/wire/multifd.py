@@ -46,8 +46,8 @@ PACKET_BYTES = PACKET_PAGES * PAGE
 OFFSETS_AT = 64 + NAME_BYTES
 CHECKSUM_AT = 56
 CHECKSUM_BYTES = 8
-#: Between two daemons: 4 MiB, for which what is done in Python hardly counts.
-LONG_PACKET_PAGES = 1024
+#: Between two daemons: 16 MiB, for which what is done in Python hardly counts.
+LONG_PACKET_PAGES = 4096
 
 _INITIAL = struct.Struct(">II16sB39x")
 _HEAD = struct.Struct(f">IIIIIIQ24x{CHECKSUM_BYTES}s{NAME_BYTES}s")

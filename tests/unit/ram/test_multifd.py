@@ -18,7 +18,8 @@ from migrated.errors import ChannelClosed, ChannelError, ChannelTimeout, Migrate
 from migrated.model.stats import BandwidthMeter, RamStats
 from migrated.ram.arrivals import Part
 from migrated.ram.multifd_load import MultifdLoad
-from migrated.ram.multifd_save import MultifdSave
+from migrated.ram.multifd_save import JOB_MAX_PAGES, JOB_MIN_PAGES, JOB_S, MultifdSave, next_job_pages
+from migrated.ram.multifd_sender import Done
 from migrated.stream.outgoing import OutgoingStream
 from migrated.transport.channel import SocketChannel
 from migrated.wire.multifd import (
@@ -248,6 +249,23 @@ async def test_what_comes_behind_a_sync_waits_for_it(memory: Block, pairs: Pairs
         other_feed(sync())
         await target.load.sync()
         assert target.pages[7] == bytes([3]) * PAGE
+
+
+@pytest.mark.parametrize(
+    ("pages", "had", "took_s", "expected"),
+    [
+        (1000, 1000, JOB_S, 1000),
+        (1000, 1000, JOB_S / 1.5, 1500),
+        (1000, 1000, JOB_S / 100, 2000),
+        (1000, 1000, 0.0, 2000),
+        (1000, 1000, 100 * JOB_S, 500),
+        (1000, 10, JOB_S / 100, 1000),
+        (JOB_MAX_PAGES, JOB_MAX_PAGES, 0.0, JOB_MAX_PAGES),
+        (JOB_MIN_PAGES, JOB_MIN_PAGES, 100 * JOB_S, JOB_MIN_PAGES),
+    ],
+)
+def test_a_thread_is_given_what_takes_it_so_long(pages: int, had: int, took_s: float, expected: int) -> None:
+    assert next_job_pages(pages, Done(None, [], had, took_s)) == expected
 
 
 async def send_all(save: MultifdSave, f: OutgoingStream, block: Block) -> None:

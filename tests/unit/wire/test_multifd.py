@@ -153,10 +153,10 @@ def test_between_two_daemons_a_head_is_as_long_as_its_pages_are_many(form: Form,
 
 
 def test_a_packet_of_a_daemon_may_have_more_pages_than_one_of_a_qemu() -> None:
-    pages = [page % 64 for page in range(1024)]
-    assert len(parse_own(own_head(LONG_FORM, pages), LONG_FORM).pages) == 1024
-    with pytest.raises(RemoteProtocolError, match="with 1025 pages and expected maximum pages are 1024"):
-        parse_own(bytearray(raw_head(room=1025)), LONG_FORM)
+    pages = [page % 64 for page in range(4096)]
+    assert len(parse_own(own_head(LONG_FORM, pages), LONG_FORM).pages) == 4096
+    with pytest.raises(RemoteProtocolError, match="with 4097 pages and expected maximum pages are 4096"):
+        parse_own(bytearray(raw_head(room=4097)), LONG_FORM)
 
 
 @given(st.integers(0, CHECKED_FORM.head_bytes(3) - 1), st.integers(0, 7))
