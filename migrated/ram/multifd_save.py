@@ -41,7 +41,7 @@ from migrated.wire.ram_encoder import RamEncoder
 JOB_S = 0.02
 JOB_MIN_PAGES, JOB_MAX_PAGES = 16, LONG_PACKET_PAGES
 #: Before it is known how long that takes.
-JOB_FIRST_PAGES = 1024
+JOB_FIRST_PAGES = 256
 #: Where the rate is limited, so many jobs of each channel make up what may be sent in a second.
 JOBS_PER_SECOND = 80
 #: One that a channel sends, and one that it finds when it has done that.
