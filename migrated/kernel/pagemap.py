@@ -36,6 +36,8 @@ PM_SCAN_WP_MATCHING = 1 << 0
 PM_SCAN_CHECK_WPASYNC = 1 << 1
 PAGE_IS_WRITTEN = 1 << 1
 
+_PAGE_SHIFT = np.uint64(PAGE_SIZE.bit_length() - 1)
+
 #: One entry of the file itself.
 _ENTRY_BYTES = 8
 #: Entries of 24 bytes (start, end, categories): with 64 Ki of them 1 GiB of alternating pages takes two calls, and the
@@ -101,7 +103,7 @@ def _scan(pagemap: int, address: int, length: int, flags: int, buffer: NDArray[n
         )  # fmt: skip
         filled, position = _ioctl(pagemap, argument)
         if filled:
-            parts.append((vector[:filled, :2].astype(np.int64) - address) // PAGE_SIZE)
+            parts.append(((vector[:filled, :2] - np.uint64(address)) >> _PAGE_SHIFT).view(np.int64))
     _require_process(pagemap, address)
     if not parts:
         return np.empty(0, np.int64), np.empty(0, np.int64)

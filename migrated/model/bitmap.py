@@ -18,6 +18,8 @@ Words = NDArray[np.uint64]
 _WORD = np.dtype("<u8")
 _WORD_BITS = 64
 _FULL = (1 << _WORD_BITS) - 1
+#: Ranges are many where there is one for so many pages.
+_DENSE_PAGES = 16
 _NO_PAGES: Pages = np.empty(0, np.int64)
 #: `take` looks at four times as many words each time it found too little, up to this many (16 GiB of 4 KiB pages).
 _SCAN_MAX_WORDS = 1 << 16
@@ -123,6 +125,9 @@ class PageBitmap:
             return 0
         self._check_bounds(int(starts[0]), int(ends[-1]))
         before = self._count
+        if len(starts) * _DENSE_PAGES > ends[-1] - starts[0]:
+            self._set_dense(starts, ends)
+            return self._count - before
         first, last = starts >> 6, (ends - 1) >> 6
         head = np.uint64(_FULL) << (starts & 63).astype(np.uint64)
         tail = np.uint64(_FULL) >> (63 - (ends - 1 & 63)).astype(np.uint64)
@@ -132,6 +137,19 @@ class PageBitmap:
             self._or_words(last[several], tail[several])
             self._or_words(_expand(first[several] + 1, last[several]), np.uint64(_FULL))
         return self._count - before
+
+    def _set_dense(self, starts: Pages, ends: Pages) -> None:
+        """Set ranges that are so many that going through all pages between them costs less than going through them."""
+        first, last = int(starts[0]) >> 6, (int(ends[-1]) - 1 >> 6) + 1
+        low = first * _WORD_BITS
+        steps = np.zeros((last - first) * _WORD_BITS + 1, np.int8)
+        steps[starts - low] = 1
+        steps[ends - low] -= 1  # where one ends and another one begins nothing changes
+        inside = np.cumsum(steps[:-1], dtype=np.int8).view(bool)
+        old = self._words[first:last]
+        new = old | np.packbits(inside, bitorder="little").view(_WORD)
+        self._count += int(np.bitwise_count(old ^ new).sum())
+        self._words[first:last] = new
 
     def set_pages(self, pages: Pages) -> int:
         """Set pages, in any order and any number of times; return how many were not set before."""
