@@ -29,6 +29,8 @@ from migrated.transport.channel import PATIENCE, SocketChannel
 from migrated.transport.tls_channel import BATCH_BYTES, TlsChannel
 
 _TIMEOUTS = (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO)
+#: So much may take PATIENCE silence timeouts in all, however it trickles in.
+PATIENT_BYTES = 512 << 10
 #: A kernel rounds what is shorter down to "for ever".
 _SHORTEST_S = 0.001
 
@@ -134,8 +136,8 @@ class BlockingSocket:
             if not got:
                 since = now
             got += count or 0
-            if got < size and got and now - since > PATIENCE * self._silence_s:
-                text = f"the peer sends too slowly: not one packet in {PATIENCE * self._silence_s:g} s"
+            if got < size and got and now - since > PATIENCE * self._silence_s * (1 + got // PATIENT_BYTES):
+                text = f"the peer sends too slowly: not {PATIENT_BYTES >> 10} KiB in {PATIENCE * self._silence_s:g} s"
                 raise ChannelTimeout(text, peer=self.peer)
         return True
 
