@@ -3,7 +3,7 @@
 The rule of the file: a memfd that came from somebody else is sealed against shrinking *before* it is mapped, because a
 truncated one kills whoever touches the mapping with SIGBUS. No numpy here: the client library imports this module.
 
-Source: memfd_create(2), fcntl(2) F_ADD_SEALS, madvise(2), fallocate(2), lseek(2) SEEK_DATA.
+Source: memfd_create(2), fcntl(2) F_ADD_SEALS, madvise(2), fallocate(2), lseek(2) SEEK_DATA, mincore(2).
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ SHMEM_HUGE_UNASKED = frozenset({"always", "within_size", "force"})
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+#: Of a byte of mincore only the lowest bit counts.
+_RESIDENT = bytes(value & 1 for value in range(256))
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
@@ -177,10 +180,9 @@ def data_extents(fd: int, start: int, end: int) -> list[tuple[int, int]]:
     Reading a hole through a mapping would allocate it; asking here does not. Of memory in huge pages the kernel says
     only how much of it there is: if there is any, all of it may be.
     """
-    used_bytes = os.fstat(fd).st_blocks * STAT_BLOCK_BYTES
-    if page_size_of(fd) == HUGE_PAGE_SIZE and not used_bytes:
+    if page_size_of(fd) == HUGE_PAGE_SIZE and not os.fstat(fd).st_blocks:
         return []
-    if start == 0 < end <= used_bytes:
+    if start == 0 < end and has_no_holes(fd, end):
         return [(start, end)]  # to look for holes, the kernel walks all of it
     extents = []
     position = start
@@ -200,6 +202,22 @@ def data_extents(fd: int, start: int, end: int) -> list[tuple[int, int]]:
         extents.append((data, hole))
         position = hole
     return extents
+
+
+def has_no_holes(fd: int, size: int) -> bool:
+    """Say whether all ``size`` bytes of a memfd are there."""
+    return size <= os.fstat(fd).st_blocks * STAT_BLOCK_BYTES
+
+
+def is_resident(address: int, length: int) -> bool:
+    """Say whether all of a mapping of ordinary pages is there, and none of it in a hole (or in swap).
+
+    Unlike SEEK_HOLE, which goes on to the next hole, it looks no further than ``length``.
+    """
+    vector = bytearray(length // PAGE_SIZE)
+    if _libc.mincore(address, length, (ctypes.c_char * len(vector)).from_buffer(vector)):
+        raise KernelError("mincore", ctypes.get_errno())
+    return 0 not in vector.translate(_RESIDENT)
 
 
 def shmem_huge_pages(settings: Path = _TRANSPARENT_HUGEPAGE) -> str:

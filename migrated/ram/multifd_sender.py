@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from migrated.kernel.memory import has_no_holes, is_resident
 from migrated.model.bitmap import consecutive
 from migrated.model.packing_choice import JobCost
 from migrated.ram.page_read import LONG_RUN_PAGES, read_pages, zero_pages
@@ -141,7 +142,7 @@ class Sender:
             self._send_pages(job, job.block, job.pages[first : first + job.form.room], report)
 
     def _send_pages(self, job: Job, block: RamBlockPort, pages: NDArray[np.int64], report: Done) -> None:
-        if not job.packs and _in_long_runs(pages):
+        if not job.packs and _in_long_runs(pages) and _is_there(block, pages):
             sums = np.concatenate([page_sums(rows) for _, rows in _views(block, pages)]) if job.form.checked else None
             # Of zeros the sum is zero, so where none is there is nothing to look for.
             if (sums is None or not sums.all()) and (zero := _zeros(block, pages)).any():
@@ -195,6 +196,15 @@ class Sender:
 
 def _in_long_runs(pages: NDArray[np.int64]) -> bool:
     return len(pages) >= LONG_RUN_PAGES * len(consecutive(pages))
+
+
+def _is_there(block: RamBlockPort, pages: NDArray[np.int64]) -> bool:
+    """Say whether looking at pages where they lie takes no memory: some may have been given back."""
+    if has_no_holes(block.memfd, block.size_bytes):
+        return True
+    if block.page_size > PAGE:
+        return False
+    return all(is_resident(rows.__array_interface__["data"][0], rows.nbytes) for _, rows in _views(block, pages))
 
 
 def _views(block: RamBlockPort, pages: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.uint8]]]:

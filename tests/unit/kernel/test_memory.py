@@ -190,6 +190,22 @@ def test_holes_are_found_made_and_not_filled_by_looking(memfd: int) -> None:
     assert os.pread(memfd, 1, 3 * PAGE) == b"\0"
 
 
+def test_what_is_resident_is_known_without_filling_holes(memfd: int) -> None:
+    mapping = memory.Mapping(memfd, SIZE)
+    assert not memory.is_resident(mapping.address, PAGE)
+    os.pwrite(memfd, b"\1" * SIZE, 0)
+    assert memory.has_no_holes(memfd, SIZE)
+    assert memory.is_resident(mapping.address, SIZE)
+    memory.punch_hole(memfd, 5 * PAGE, PAGE)
+    assert not memory.has_no_holes(memfd, SIZE)
+    assert [memory.is_resident(mapping.address + page * PAGE, PAGE) for page in (4, 5, 6)] == [True, False, True]
+    assert not memory.is_resident(mapping.address, SIZE)
+    assert os.fstat(memfd).st_blocks * 512 == SIZE - PAGE
+    mapping.close()
+    with pytest.raises(KernelError, match="mincore: ENOMEM"):
+        memory.is_resident(PAGE, PAGE)
+
+
 def test_what_is_no_memory_has_no_holes() -> None:
     reader, writer = os.pipe()
     try:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from migrated.errors import ChannelClosed, ChannelError, ChannelTimeout, MigratedError, RemoteProtocolError
+from migrated.kernel.memory import STAT_BLOCK_BYTES
 from migrated.model.stats import BandwidthMeter, RamStats
 from migrated.ram.arrivals import Part
 from migrated.ram.multifd_load import MultifdLoad
@@ -58,6 +59,10 @@ def memory() -> Iterator[Block]:
     """Where pages arrive: nothing but a hole."""
     with memory_block(PAGES) as block:
         yield block
+
+
+def used_bytes(block: Block) -> int:
+    return os.fstat(block.memfd).st_blocks * STAT_BLOCK_BYTES
 
 
 class Target:
@@ -109,7 +114,7 @@ class Target:
     @property
     def touched(self) -> bool:
         """Whether anything was put into memory."""
-        return os.fstat(self.memory.memfd).st_blocks > 0
+        return used_bytes(self.memory) > 0
 
     async def receive(self) -> None:
         try:
@@ -216,6 +221,7 @@ async def test_pages_arrive(
     save = MultifdSave(stats)
     save.begin([here for here, _ in ends], methods, 1, to_qemu=to_qemu)
     target.begin([there for _, there in ends], methods, checked=checked, from_qemu=to_qemu)
+    memory_bytes = used_bytes(block)
     async with running(asyncio.create_task(save.run()), asyncio.create_task(target.receive())):
         for first in range(0, PAGES, PACKET_PAGES):
             pages = np.arange(first, first + PACKET_PAGES)
@@ -227,6 +233,8 @@ async def test_pages_arrive(
         await save.sync(f)
         await target.load.sync()
     await f.drain()
+    if not scattered:
+        assert used_bytes(block) == memory_bytes, "looking at a hole has filled it"
     zero = {page for page in range(PAGES) if page % 5 == 0}
     assert target.error is None
     assert target.pages == {page: block.pages[page].tobytes() for page in range(PAGES) if page not in zero}
