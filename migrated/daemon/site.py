@@ -56,6 +56,10 @@ class HostSite:
         """Return the wall clock."""
         return time.time_ns() // 1_000_000
 
+    def processors(self) -> int:
+        """Return how many processors this program may use."""
+        return len(os.sched_getaffinity(0))
+
     def used_bytes(self, block: RamBlockPort) -> int:
         """Return how much of a block is not a hole."""
         return os.fstat(block.memfd).st_blocks * STAT_BLOCK_BYTES

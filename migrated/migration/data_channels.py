@@ -26,6 +26,14 @@ AUTO = "auto"
 LEVELS = {"zlib": "multifd-zlib-level", "zstd": "multifd-zstd-level", AUTO: "multifd-zstd-level"}
 
 
+def unasked_channels(most: int, processors: int, *, works: bool) -> int:
+    """Return how many channels are made that nobody insists on, at most ``most``. ``works``: they encrypt, or pack.
+
+    Where there is nothing to do but to move pages, one is as fast as memory, and the machine needs processors, too.
+    """
+    return most if works else min(most, max(processors // 2, 1))
+
+
 class DataChannels:
     """Those of one outgoing migration."""
 
@@ -41,9 +49,10 @@ class DataChannels:
         """Whether pages are to go over channels of their own, whoever is there."""
         return self._host.settings.enabled("multifd")
 
-    def suit(self, kind: PeerKind, features: int) -> bool:
-        """Say whether pages go over channels of their own to this peer."""
+    def number(self, kind: PeerKind, features: int, *, encrypted: bool) -> int:
+        """Return over how many channels of their own pages go to this peer; 0 where they go in the stream."""
         settings = self._host.settings
+        asked = settings.parameters.integer("multifd-channels")
         by_themselves = (
             settings.parameters.get("x-migrated-data-channels")
             and self._address.startswith(DIALLED_AGAIN)
@@ -51,23 +60,26 @@ class DataChannels:
             and features & FEATURE_PREFLIGHT
             and not settings.enabled("xbzrle")
         )
-        return self.wanted or bool(by_themselves)
+        if self.wanted or not by_themselves:
+            return asked if self.wanted else 0
+        works = encrypted or settings.parameters.get("multifd-compression") != "none"
+        return unasked_channels(asked, self._host.site.processors(), works=works)
 
     async def open_first(self, dial: Dial, *, resumes: bool) -> None:
         """Dial what comes right behind the main connection. Raises what ``dial`` raises, ChannelError, CommandError."""
         if self.wanted and not resumes:
-            await self._open(dial)
+            await self._open(dial, self._host.settings.parameters.integer("multifd-channels"))
         elif self._preempts:
             # A 7.2 expects it right behind the first: the order says which is which.
             self.urgent = await dial()
 
-    async def open_rest(self, dial: Dial, verdict: Verdict, *, channels: bool) -> bool:
+    async def open_rest(self, dial: Dial, verdict: Verdict, *, channels: int) -> bool:
         """Dial what only a destination that knows what comes can tell apart; True where there are channels with pages.
 
-        Raises as `open_first` does.
+        ``channels``: so many were told of. Raises as `open_first` does.
         """
         if channels and not self._channels:
-            await self._open(dial)
+            await self._open(dial, channels)
         if self._channels:
             method, level = self._packing(verdict.kind)
             to_qemu = verdict.kind is not PeerKind.MIGRATED
@@ -84,11 +96,11 @@ class DataChannels:
     def _preempts(self) -> bool:
         return all(map(self._host.settings.enabled, ("postcopy-ram", "postcopy-preempt")))
 
-    async def _open(self, dial: Dial) -> None:
-        """Dial as many as there are to be, and say on each which it is."""
+    async def _open(self, dial: Dial, count: int) -> None:
+        """Dial so many, and say on each which it is."""
         settings, uuid = self._host.settings, self._host.machine.uuid
         raw = bytes.fromhex(uuid.replace("-", "")) if uuid else NO_UUID
-        for number in range(settings.parameters.integer("multifd-channels")):
+        for number in range(count):
             channel = await dial()
             if not isinstance(channel, SocketChannel):
                 channel.abort()

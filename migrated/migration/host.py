@@ -69,6 +69,10 @@ class SitePort(Protocol):
         """Return the wall clock, in ms since the epoch: to be compared, never to measure time."""
         ...
 
+    def processors(self) -> int:
+        """Return how many processors this program may use."""
+        ...
+
     def used_bytes(self, block: RamBlockPort) -> int:
         """Return how much of a block is not a hole."""
         ...

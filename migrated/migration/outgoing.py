@@ -41,6 +41,7 @@ from migrated.stream.incoming import IncomingStream
 from migrated.stream.outgoing import OutgoingStream
 from migrated.transport.channel import Channel
 from migrated.transport.file import FileChannel
+from migrated.transport.tls_channel import TlsChannel
 from migrated.wire.command import FEATURE_HANDOVER, Command, ping_payload
 from migrated.wire.handover import encode_offer
 
@@ -339,7 +340,9 @@ class OutgoingMigration:
         if self._return_path is not None:
             self.kind = kind
         self._pages.check_peer(self.kind)
-        channels = self._pages.suit(self.kind, self._return_path.features if self._return_path is not None else 0)
+        features = self._return_path.features if self._return_path is not None else 0
+        encrypted = isinstance(self._channel, TlsChannel)
+        channels = self._pages.number(self.kind, features, encrypted=encrypted)
         asked = Verdict((), self.peer, self.kind)
         verdict = await preflight(self._host, f, self._return_path, asked, self.migration_id, channels=channels)
         for one in verdict.blockers:

@@ -64,11 +64,11 @@ async def preflight(
     verdict: Verdict,
     migration_id: str = "",
     *,
-    channels: bool = False,
+    channels: int = 0,
 ) -> Verdict:
     """Ask the peer that was greeted; ``verdict`` says who it is. Without a migration id it is a dry run.
 
-    ``channels``: pages will come over channels of their own. Raises ChannelError, PeerRefused.
+    ``channels``: pages will come over so many channels of their own. Raises ChannelError, PeerRefused.
     """
     blockers = [*source_blockers(host), *await _qemu_blockers(host, verdict)]
     answer = None
@@ -121,7 +121,7 @@ async def _qemu_blockers(host: Host, verdict: Verdict) -> list[Blocker]:
     return [Blocker.of(CommandError(text, error_id="section-unknown-to-qemu"), SOURCE)]
 
 
-async def _requirements(host: Host, migration_id: str, *, channels: bool) -> Requirements:
+async def _requirements(host: Host, migration_id: str, *, channels: int) -> Requirements:
     machine, settings = host.machine, host.settings
     return Requirements(
         protocol=PROTOCOL,
@@ -142,6 +142,7 @@ async def _requirements(host: Host, migration_id: str, *, channels: bool) -> Req
             **({"multifd": True} if channels else {}),
         },
         parameters={
-            name: value for name in sorted(ADOPTED_PARAMETERS) if (value := settings.parameters.get(name)) is not None
+            **{name: v for name in sorted(ADOPTED_PARAMETERS) if (v := settings.parameters.get(name)) is not None},
+            **({"multifd-channels": channels} if channels else {}),
         },
     )

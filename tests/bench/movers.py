@@ -6,6 +6,7 @@ both are asked is the source's own ``total-time``, return path on, and the kerne
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from migrated.control.client import QmpClient
+from migrated.migration.data_channels import unasked_channels
 from tests.bench import qemu
 from tests.bench.case import Bench
 from tests.bench.host import GIB, MIB, anonymous_bytes, cpu_s, warm, watching
@@ -62,7 +64,12 @@ class Job:
     """How much more than the size the host is asked to back."""
 
 
-#: Configurations of a daemon: as nobody configures it (pages on two channels), and everything on one connection.
+def default_channels() -> int:
+    """Return over how many channels pages go between two daemons here, where nobody says otherwise."""
+    return unasked_channels(2, len(os.sched_getaffinity(0)), works=False)
+
+
+#: Configurations of a daemon: as nobody configures it (pages on channels), and everything on one connection.
 DEFAULT, ONE_STREAM = "", "[migration.parameters]\nx-migrated-data-channels = false"
 
 
