@@ -46,6 +46,10 @@ class Arrivals:
         self._settle()
         self._doubted.set_pages(pages)
 
+    def _trust(self, pages: NDArray[np.int64]) -> None:
+        if self._doubted.count:
+            self._doubted.clear_pages(np.unique(pages))
+
     @property
     def doubted(self) -> PageBitmap:
         """The pages that differ from what was sent, and did not come again."""
@@ -128,14 +132,12 @@ class Arrivals:
         """Add pages that hold data."""
         self._received.set_pages(pages)
         self._with_data.set_pages(pages)
-        if self._doubted.count:
-            self._doubted.clear_pages(pages)
+        self._trust(pages)
 
     def add_holes(self, pages: NDArray[np.int64]) -> None:
         """Add pages that are zero."""
         self._received.set_pages(pages)
-        if self._doubted.count:
-            self._doubted.clear_pages(pages)
+        self._trust(pages)
 
     def take_stale(self, pages: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return, ascending, which of ``pages`` hold something from before, and count on it that they become holes."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from migrated.errors import RemoteProtocolError
 from migrated.kernel.memory import data_extents
 from migrated.ram.arrivals import Arrivals
 from migrated.ram.holes import make_holes
+from migrated.ram.landing import check_doubts
 from migrated.wire.ram import PAGE
 from tests.support.memory_block import Block, memory_block
 
@@ -68,3 +70,32 @@ def test_a_page_that_came_and_is_zero_now_is_a_hole_again(block: Block) -> None:
     assert there(block) == [(3, 6)]
     assert arrivals.count == 3
     assert block.pages[3:6, 0].tolist() == [4, 5, 6]
+
+
+def one_by_one(arrivals: Arrivals) -> None:
+    for page in range(10, 30):
+        arrivals.add_page(page)
+
+
+COMES_AGAIN: dict[str, Callable[[Arrivals], None]] = {
+    "a run": lambda arrivals: arrivals.add_run(10, 30),
+    "one after the other": one_by_one,
+    "scattered pages, in any order": lambda arrivals: arrivals.add_pages(np.array([*range(29, 9, -1), 0, 63])),
+    "zeros": lambda arrivals: arrivals.add_holes(np.arange(10, 30)),
+    "nothing, for it was dropped": lambda arrivals: arrivals.remove(10, 30),
+}
+
+
+@pytest.mark.parametrize("what", COMES_AGAIN)
+def test_a_page_is_doubted_until_it_comes_again(block: Block, what: str) -> None:
+    arrivals = Arrivals(block)
+    arrivals.add_run(0, PAGES)
+    check_doubts({"heap": arrivals})
+    arrivals.doubt(np.array([12, 25, 40]))
+    assert arrivals.count == PAGES, "what is doubted has arrived"
+    COMES_AGAIN[what](arrivals)
+    with pytest.raises(RemoteProtocolError, match=r"changed on the way.*1 others in block heap.* page 40") as caught:
+        check_doubts({"heap": arrivals})
+    assert caught.value.section == "ram"
+    arrivals.add_page(40)
+    check_doubts({"heap": arrivals})
