@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -175,12 +176,13 @@ def test_a_second_connection_is_closed_at_once(target: Target) -> None:
 def test_two_hundred_quick_connections(target: Target) -> None:
     generator = random.Random(3)
     for _ in range(200):
-        peer = Visit(target.port)
-        peer.say(STREAM[: generator.randrange(200)])
-        if generator.random() < 0.5:
-            peer.reset()
-        else:
-            peer.socket.close()
+        with suppress(ConnectionResetError):  # on a busy host one may be turned away before it knows that it is there
+            peer = Visit(target.port)
+            peer.say(STREAM[: generator.randrange(200)])
+            if generator.random() < 0.5:
+                peer.reset()
+            else:
+                peer.socket.close()
     several = [Visit(target.port) for _ in range(50)]
     for peer in several:
         peer.socket.close()
