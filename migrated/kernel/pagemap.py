@@ -70,24 +70,20 @@ def protect(pagemap: int, address: int, length: int) -> None:
 
     Raises KernelError as `scan_and_clear` does.
     """
-    flags, position, end = PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC, address, address + length
+    position, end = address, address + length
     while position < end:
         # Without a vector nothing is sorted into categories: the kernel's short way.
-        argument = bytearray(
-            _PM_SCAN_ARG.pack(_PM_SCAN_ARG.size, flags, position, end, *[0] * 5, PAGE_IS_WRITTEN, 0, 0)
-        )
-        position = _ioctl(pagemap, argument)[1]
+        _, position = _walk(pagemap, PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC, position, end)
     _require_process(pagemap, address)
 
 
-def _ioctl(pagemap: int, argument: bytearray) -> tuple[int, int]:
-    """Return how many entries were filled, and where the walk ended."""
-    try:
-        filled = fcntl.ioctl(pagemap, PAGEMAP_SCAN, argument)
-    except OSError as error:
-        raise KernelError("PAGEMAP_SCAN", error.errno or 0) from error
-    (walk_end,) = _WALK_END.unpack_from(argument, _WALK_END_OFFSET)
-    return filled, walk_end
+def check_tracked(pagemap: int, address: int, length: int) -> None:
+    """Raise KernelError EPERM unless all of a range is registered for asynchronous write-protection; changes nothing.
+
+    Proves at the same time that ``pagemap`` and the userfaultfd that was used to register belong to one process.
+    """
+    _walk(pagemap, PM_SCAN_CHECK_WPASYNC, address, address + length)
+    _require_process(pagemap, address)
 
 
 def _scan(pagemap: int, address: int, length: int, flags: int, buffer: NDArray[np.uint64] | None) -> Ranges:
@@ -95,13 +91,7 @@ def _scan(pagemap: int, address: int, length: int, flags: int, buffer: NDArray[n
     parts = []
     position, end = address, address + length
     while position < end:
-        argument = bytearray(
-            _PM_SCAN_ARG.pack(
-                _PM_SCAN_ARG.size, flags, position, end, 0, vector.ctypes.data, len(vector), 0,
-                0, PAGE_IS_WRITTEN, 0, PAGE_IS_WRITTEN,
-            )
-        )  # fmt: skip
-        filled, position = _ioctl(pagemap, argument)
+        filled, position = _walk(pagemap, flags, position, end, vector)
         if filled:
             parts.append(((vector[:filled, :2] - np.uint64(address)) >> _PAGE_SHIFT).view(np.int64))
     _require_process(pagemap, address)
@@ -111,16 +101,18 @@ def _scan(pagemap: int, address: int, length: int, flags: int, buffer: NDArray[n
     return ranges[:, 0], ranges[:, 1]
 
 
-def check_tracked(pagemap: int, address: int, length: int) -> None:
-    """Raise KernelError EPERM unless all of a range is registered for asynchronous write-protection; changes nothing.
-
-    Proves at the same time that ``pagemap`` and the userfaultfd that was used to register belong to one process.
-    """
-    argument = _PM_SCAN_ARG.pack(
-        _PM_SCAN_ARG.size, PM_SCAN_CHECK_WPASYNC, address, address + length, 0, 0, 0, 0, 0, PAGE_IS_WRITTEN, 0, 0
+def _walk(pagemap: int, flags: int, start: int, end: int, vector: NDArray[np.uint64] | None = None) -> tuple[int, int]:
+    """Walk over the written pages of a range; return how many entries of ``vector`` were filled, and where it ended."""
+    where, room, returned = (vector.ctypes.data, len(vector), PAGE_IS_WRITTEN) if vector is not None else (0, 0, 0)
+    argument = bytearray(
+        _PM_SCAN_ARG.pack(_PM_SCAN_ARG.size, flags, start, end, 0, where, room, 0, 0, PAGE_IS_WRITTEN, 0, returned)
     )
-    _ioctl(pagemap, bytearray(argument))
-    _require_process(pagemap, address)
+    try:
+        filled = fcntl.ioctl(pagemap, PAGEMAP_SCAN, argument)
+    except OSError as error:
+        raise KernelError("PAGEMAP_SCAN", error.errno or 0) from error
+    (walk_end,) = _WALK_END.unpack_from(argument, _WALK_END_OFFSET)
+    return filled, walk_end
 
 
 def _require_process(pagemap: int, address: int) -> None:
