@@ -26,16 +26,13 @@ from numpy.typing import NDArray
 
 from migrated.errors import ChannelClosed, ChannelError, ChannelTimeout, MigratedError, RemoteProtocolError
 from migrated.kernel.splice import Pipe
-from migrated.model.bitmap import consecutive
 from migrated.ram.arrivals import Part
-from migrated.ram.page_read import LONG_RUN_PAGES
+from migrated.ram.page_read import long_runs
 from migrated.savevm.ports import RamBlockPort
 from migrated.transport.blocking import BlockingSocket, blocking
 from migrated.transport.channel import SocketChannel
 from migrated.transport.thread import in_own_thread
 from migrated.wire.multifd import (
-    CHECKED_FORM,
-    LONG_FORM,
     PACKED_MAX_BYTES,
     PACKET_BYTES,
     PACKET_PAGES,
@@ -44,6 +41,7 @@ from migrated.wire.multifd import (
     Form,
     Head,
     PacketFlag,
+    form_of,
     page_sums,
     parse_count,
     parse_head,
@@ -204,8 +202,7 @@ class _Reader:
 
     def _receive_pages(self, end: BlockingSocket, head: Head) -> None:
         """Put pages where they belong as they come. Raises RemoteProtocolError, ChannelError, KernelError."""
-        runs = consecutive(head.pages)
-        if end.pours and runs and len(head.pages) >= LONG_RUN_PAGES * len(runs):
+        if end.pours and (runs := long_runs(head.pages)):
             block = self.landing.block(head.block)
             if block.page_size == PAGE:
                 for start, stop in runs:
@@ -280,8 +277,7 @@ class MultifdLoad:
         from_qemu: bool,
     ) -> None:
         """Take pages from these, packed by one of ``methods``. ``checked``: each page has its sum."""
-        form = QEMU_FORM if from_qemu else CHECKED_FORM if checked else LONG_FORM
-        self._terms = _Terms(methods, form, from_qemu)
+        self._terms = _Terms(methods, form_of(qemu=from_qemu, checked=checked), from_qemu)
         self._silence_timeout_s = silence_timeout_s
         ends: Sequence[Unpacker | None] = unpackers(methods[-1], len(channels)) or [None] * len(channels)
         # Who waits for another one's write into the same memfd spins in the kernel; here it sleeps.

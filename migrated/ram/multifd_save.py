@@ -31,7 +31,7 @@ from migrated.stream.outgoing import OutgoingStream
 from migrated.transport.blocking import blocking
 from migrated.transport.channel import SocketChannel
 from migrated.transport.thread import in_own_thread
-from migrated.wire.multifd import CHECKED_FORM, LONG_FORM, LONG_PACKET_PAGES, QEMU_FORM, Form, PacketFlag
+from migrated.wire.multifd import LONG_PACKET_PAGES, Form, PacketFlag, form_of
 from migrated.wire.packing import Packer, packers
 from migrated.wire.ram import PAGE
 from migrated.wire.ram_encoder import RamEncoder
@@ -183,9 +183,7 @@ class MultifdSave:
         await self._finish(f)
 
     def _form(self, f: OutgoingStream) -> Form:
-        if self._to_qemu:
-            return QEMU_FORM
-        return CHECKED_FORM if f.checks else LONG_FORM
+        return form_of(qemu=self._to_qemu, checked=f.checks)
 
     async def _finish(self, f: OutgoingStream) -> None:
         while any(map(_given, self._lanes)):

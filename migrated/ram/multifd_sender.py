@@ -18,9 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrated.kernel.memory import has_no_holes, is_resident
-from migrated.model.bitmap import consecutive
 from migrated.model.packing_choice import JobCost
-from migrated.ram.page_read import LONG_RUN_PAGES, read_pages, zero_pages
+from migrated.ram.page_read import long_runs, read_pages, zero_pages
 from migrated.savevm.ports import RamBlockPort
 from migrated.transport.blocking import BlockingSocket
 from migrated.wire.multifd import (
@@ -38,6 +37,8 @@ from migrated.wire.packing import Packer
 from migrated.wire.ram import PAGE
 
 NO_PAGES = np.empty(0, np.int64)
+#: Pages that follow each other: the first one, and what is in them, where it lies.
+Runs = list[tuple[int, NDArray[np.uint8]]]
 #: The longest head of pages that are copied.
 _HEAD_ROOM_BYTES = CHECKED_FORM.head_bytes(PACKET_PAGES)
 assert _HEAD_ROOM_BYTES >= QEMU_FORM.head_max_bytes
@@ -142,26 +143,28 @@ class Sender:
             self._send_pages(job, job.block, job.pages[first : first + job.form.room], report)
 
     def _send_pages(self, job: Job, block: RamBlockPort, pages: NDArray[np.int64], report: Done) -> None:
-        if not job.packs and _in_long_runs(pages) and _is_there(block, pages):
-            sums = np.concatenate([page_sums(rows) for _, rows in _views(block, pages)]) if job.form.checked else None
+        runs = [] if job.packs else _views(block, pages)
+        if runs and _is_there(block, runs):
+            sums = np.concatenate([page_sums(rows) for _, rows in runs]) if job.form.checked else None
             # Of zeros the sum is zero, so where none is there is nothing to look for.
-            if (sums is None or not sums.all()) and (zero := _zeros(block, pages)).any():
+            if (sums is None or not sums.all()) and (zero := _zeros(runs)).any():
                 report.zero.append(pages[zero])
                 pages, sums = pages[~zero], sums[~zero] if sums is not None else None
-            if len(pages) and _in_long_runs(pages):
-                self._send_lying(job.form, block, pages, sums, report)
+                runs = _views(block, pages)
+            if runs:
+                self._send_lying(job.form, block, pages, runs, sums, report)
                 return
         for start in range(0, len(pages), PACKET_PAGES):
             self._send_copied(job, block, pages[start : start + PACKET_PAGES], report)
 
     def _send_lying(
-        self, form: Form, block: RamBlockPort, pages: NDArray[np.int64], sums: Sums | None, report: Done
+        self, form: Form, block: RamBlockPort, pages: NDArray[np.int64], runs: Runs, sums: Sums | None, report: Done
     ) -> None:
         head = np.empty(form.head_bytes(len(pages)), np.uint8)
         encode_head(head, block.name, pages, form, number=next(self._numbers), sums=sums)
         began = time.monotonic()
         self._end.send(head.data, more=True)
-        for first, rows in _views(block, pages):
+        for first, rows in runs:
             if block.page_size == PAGE:
                 self._end.send_file(block.memfd, first * PAGE, rows.reshape(-1).data)
             else:
@@ -194,30 +197,24 @@ class Sender:
         report.sent_bytes += len(data)
 
 
-def _in_long_runs(pages: NDArray[np.int64]) -> bool:
-    return len(pages) >= LONG_RUN_PAGES * len(consecutive(pages))
+def _views(block: RamBlockPort, pages: NDArray[np.int64]) -> Runs:
+    """Return long runs of pages where they lie; none where they are scattered."""
+    firsts = ((int(pages[start]), end - start) for start, end in long_runs(pages))
+    return [(first, block.pages[first : first + count]) for first, count in firsts]
 
 
-def _is_there(block: RamBlockPort, pages: NDArray[np.int64]) -> bool:
+def _is_there(block: RamBlockPort, runs: Runs) -> bool:
     """Say whether looking at pages where they lie takes no memory: some may have been given back."""
     if has_no_holes(block.memfd, block.size_bytes):
         return True
     if block.page_size > PAGE:
         return False
-    return all(is_resident(rows.__array_interface__["data"][0], rows.nbytes) for _, rows in _views(block, pages))
+    return all(is_resident(rows.__array_interface__["data"][0], rows.nbytes) for _, rows in runs)
 
 
-def _views(block: RamBlockPort, pages: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """Yield the runs of pages: the first one, and what is in them, where it lies."""
-    for start, end in consecutive(pages):
-        first = int(pages[start])
-        yield first, block.pages[first : first + end - start]
-
-
-def _zeros(block: RamBlockPort, pages: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _zeros(runs: Runs) -> NDArray[np.bool_]:
     """Say of each page whether it is all zero at this moment."""
-    zero, start = np.zeros(len(pages), bool), 0
-    for _, rows in _views(block, pages):
-        zero[start + zero_pages(rows.view(np.uint64))] = True
-        start += len(rows)
-    return zero
+    found = [np.zeros(len(rows), bool) for _, rows in runs]
+    for zero, (_, rows) in zip(found, runs, strict=True):
+        zero[zero_pages(rows.view(np.uint64))] = True
+    return np.concatenate(found)

@@ -42,6 +42,12 @@ def read_pages(
         read_run(block, int(pages[start]), out[start:end], rows[start:end] if rows is not None else None)
 
 
+def long_runs(pages: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Return the runs of pages as `consecutive` does; none where they are too short to be worth a system call each."""
+    runs = consecutive(pages)
+    return runs if len(pages) >= LONG_RUN_PAGES * len(runs) else []
+
+
 def read_run(block: RamBlockPort, first: int, out: NDArray[np.uint8], views: Views | None = None) -> None:
     """Read pages that follow each other, from ``first`` on, into ``out``, shape (n, PAGE), whose rows are ``views``.
 

@@ -109,6 +109,13 @@ LONG_FORM = Form(LONG_PACKET_PAGES)
 CHECKED_FORM = Form(LONG_PACKET_PAGES, checked=True)
 
 
+def form_of(*, qemu: bool, checked: bool) -> Form:
+    """Return the form of packets between a daemon and a QEMU, or between two daemons."""
+    if qemu:
+        return QEMU_FORM
+    return CHECKED_FORM if checked else LONG_FORM
+
+
 @dataclass(frozen=True, slots=True)
 class Initial:
     """How a channel begins: whose it is, and its number."""
