@@ -176,7 +176,7 @@ def test_a_second_connection_is_closed_at_once(target: Target) -> None:
 def test_two_hundred_quick_connections(target: Target) -> None:
     generator = random.Random(3)
     for _ in range(200):
-        with suppress(ConnectionResetError):  # on a busy host one may be turned away before it knows that it is there
+        with suppress(ConnectionResetError):  # who comes beside one that just ends is closed with it, perhaps at once
             peer = Visit(target.port)
             peer.say(STREAM[: generator.randrange(200)])
             if generator.random() < 0.5:
